@@ -1,0 +1,1 @@
+"""Sparsify trained models."""

@@ -1,0 +1,131 @@
+"""What was done to every layer and why: the report's data. `report_text` and `report_html` draw it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["pruned", "dense", "refused"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate kernel at one token count: medians in microseconds, relative spread (IQR / median), the gain.
+
+    `speedup` is dense time / this kernel's time in the same run. `verdict` says in words who won and why.
+    """
+
+    kernel: str
+    tokens: int
+    time_us: float
+    dense_us: float
+    spread: float
+    speedup: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. `loss_*` are per token and None without a Gram matrix; `relative_error` is loss / ‖XWᵀ‖².
+
+    `kernel` is what the torch module runs ("dense" where dense won); `refused_kernels` maps each other kernel to its
+    reason; `damp` is the largest ridge that was needed, as a share of the Gram's mean diagonal.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    groups: int
+    status: Status
+    reason: str = ""
+    pattern: str = ""
+    method: str = ""
+    sparsity: float = 0.0
+    tokens: int = 0
+    loss_selected: float | None = None
+    loss: float | None = None
+    relative_error: float | None = None
+    damp: float | None = None
+    seconds: float = 0.0
+    kernel: str = "dense"
+    refused_kernels: Mapping[str, str] = field(default_factory=dict)
+    timings: tuple[Timing, ...] = ()
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    onnx: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model-level measure before and after: perplexity, top-1 accuracy, relative error, cosine."""
+
+    measure: str
+    dense: float | None
+    sparse: float
+    data: str
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One written file: its name in the output folder, its size, the size the dense one would have."""
+
+    name: str
+    size_bytes: int
+    dense_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The exported file run in ONNX Runtime against the torch model (or the dense-zeros ONNX graph).
+
+    `difference` is max |y − y'| / max |y'| over the outputs; the file fails above `tolerance`. `ran` False: `reason`.
+    """
+
+    ran: bool
+    difference: float | None
+    tolerance: float
+    provider: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `compile` did. `notes` are sentences a reader must not miss: fallbacks, generated inputs, no cache."""
+
+    model: str
+    command: str
+    created: str
+    environment: Mapping[str, str]
+    recipe: str
+    sites: tuple[SiteReport, ...]
+    quality: tuple[Quality, ...] = ()
+    files: tuple[FileReport, ...] = ()
+    verification: Verification | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    version: int = 1
+
+    def to_json(self) -> str:
+        """Write the report as JSON; `report_from_json` is the inverse."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=False)
+
+
+def report_from_json(text: str) -> Report:
+    """Read what `Report.to_json` wrote, by this version or an older one."""
+    table: dict[str, Any] = json.loads(text)
+    table["sites"] = tuple(_site(site) for site in table["sites"])
+    table["quality"] = tuple(Quality(**quality) for quality in table["quality"])
+    table["files"] = tuple(FileReport(**file) for file in table["files"])
+    table["verification"] = Verification(**table["verification"]) if table["verification"] else None
+    table["notes"] = tuple(table["notes"])
+    return Report(**table)
+
+
+def _site(table: dict[str, Any]) -> SiteReport:
+    table["timings"] = tuple(Timing(**timing) for timing in table["timings"])
+    table["shape"] = tuple(table["shape"])
+    table["notes"] = tuple(table["notes"])
+    return SiteReport(**table)

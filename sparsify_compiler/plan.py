@@ -1,0 +1,78 @@
+"""Join a recipe with a graph's sites: which rule decides each site, and in words why a site stays dense."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sparsify_compiler.errors import ModelError, PatternError, RecipeError
+from sparsify_compiler.graph import Site
+from sparsify_compiler.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a site: pruned by `rule`, or dense for `reason`. `refused`: it could not be pruned at all."""
+
+    site: Site
+    rule: Rule | None
+    reason: str = ""
+    refused: bool = False
+
+
+def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:
+    """Return one decision per site, in order.
+
+    Raises:
+        RecipeError: a rule or keep_dense glob matches no site, or a rule names a site that cannot be pruned.
+        PatternError: a rule names a site that its pattern does not tile.
+        ModelError: the model has no prunable site, or the recipe leaves none.
+    """
+    prunable = [site for site in sites if site.refusal is None]
+    if not prunable:
+        raise ModelError(_no_site(sites))
+    for rule in recipe.rules:
+        if not any(rule.matches(site.name) for site in sites):
+            raise RecipeError(f"rule {rule.sites!r} matches no site; {_some_names(prunable)}")
+    for glob in recipe.keep_dense:
+        if not any(fnmatchcase(site.name, glob) for site in sites):
+            raise RecipeError(f"keep_dense {glob!r} matches no site; {_some_names(prunable)}")
+    decisions = tuple(_decide(recipe, site) for site in sites)
+    if not any(decision.rule for decision in decisions):
+        reasons = "; ".join(sorted({f"{d.site.name}: {d.reason}" for d in decisions if not d.refused})[:3])
+        raise ModelError(f"no prunable site: the recipe leaves every site dense ({reasons}); name a site in a rule")
+    return decisions
+
+
+def _decide(recipe: Recipe, site: Site) -> Decision:
+    rule = next((rule for rule in recipe.rules if rule.matches(site.name)), None)
+    outright = rule is not None and rule.names_one_site()
+    if site.refusal is not None:
+        if outright:
+            raise RecipeError(f"rule {site.name!r}: this site cannot be pruned: {site.refusal}")
+        return Decision(site, None, site.refusal, refused=True)
+    for glob in recipe.keep_dense:
+        if fnmatchcase(site.name, glob):
+            return Decision(site, None, f"kept dense by keep_dense {glob!r}")
+    if rule is None:
+        return Decision(site, None, "no rule of the recipe matches")
+    if site.dense_by_default is not None and not outright:
+        return Decision(site, None, f"{site.dense_by_default}; dense unless a rule names it outright")
+    if rule.sparsity == 0:
+        return Decision(site, None, "sparsity 0 was asked")
+    if misfit := rule.pattern.misfit(site.out, site.in_, site.run):
+        if outright:
+            raise PatternError(f"layer {site.name!r}: {misfit}")
+        return Decision(site, None, misfit)
+    return Decision(site, rule)
+
+
+def _no_site(sites: Sequence[Site]) -> str:
+    if not sites:
+        return "no prunable site: the graph has no linear, matmul, Gemm or convolution with a constant weight"
+    reasons = "; ".join(f"{site.name}: {site.refusal}" for site in sites[:3])
+    return f"no prunable site: all {len(sites)} are refused ({reasons}{'; ...' if len(sites) > 3 else ''})"
+
+
+def _some_names(sites: Sequence[Site]) -> str:
+    names = [site.name for site in sites]
+    return f"the sites are {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"

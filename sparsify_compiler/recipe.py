@@ -1,0 +1,166 @@
+"""What to prune and how, as frozen dataclasses and as strict TOML that round-trips.
+
+    [[rule]]
+    sites = "model.layers.*.mlp.*"   # glob over site names; * also crosses dots
+    pattern = "2:4"
+    method = "sparsegpt"
+    options = { damp = 0.01 }
+
+The first rule that matches a site decides. A rule without wildcards names one site, and then also prunes a site that
+is dense by default (an output head).
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sparsify_compiler.errors import PatternError, RecipeError
+from sparsify_compiler.pattern import Pattern, parse_pattern
+from sparsify_compiler.problem import Pruner
+
+WILDCARDS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Prune the sites whose name matches the glob `sites` to `pattern` with `method`.
+
+    `sparsity` in [0, 1) is the share removed; an N:M pattern implies it. `refit` re-solves the kept weights to
+    optimality on the final mask wherever a Gram matrix is at hand.
+    """
+
+    sites: str
+    pattern: Pattern
+    method: Pruner
+    sparsity: float
+    refit: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise RecipeError(f"rule {self.sites!r}: sparsity {self.sparsity} must lie in [0, 1), the share removed")
+        fixed = self.pattern.fixed_sparsity()
+        if fixed is not None and abs(fixed - self.sparsity) > 1e-9:
+            raise RecipeError(
+                f"rule {self.sites!r}: pattern {self.pattern} removes {fixed:g} of the weights, sparsity "
+                f"{self.sparsity:g} was asked; leave the sparsity out or choose another pattern"
+            )
+
+    def matches(self, site: str) -> bool:
+        """Say whether the rule speaks of the site named `site`."""
+        return fnmatchcase(site, self.sites)
+
+    def names_one_site(self) -> bool:
+        """Say whether the rule names a site outright, without wildcards."""
+        return not WILDCARDS & set(self.sites)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order of precedence, and globs of sites that stay dense whatever the rules say."""
+
+    rules: tuple[Rule, ...]
+    keep_dense: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise RecipeError("the recipe has no rule; add a [[rule]] with sites, pattern and method")
+
+
+def make_rule(
+    sites: str,
+    pattern: Pattern,
+    method: Pruner,
+    sparsity: float | None = None,
+    refit: bool = True,
+) -> Rule:
+    """Build a rule, the sparsity taken from the pattern where the pattern implies one.
+
+    Raises:
+        RecipeError: the pattern implies no sparsity and none was given, or the two disagree.
+    """
+    if sparsity is None:
+        sparsity = pattern.fixed_sparsity()
+    if sparsity is None:
+        raise RecipeError(f"rule {sites!r}: pattern {pattern} needs a sparsity, the share removed, such as 0.5")
+    return Rule(sites=sites, pattern=pattern, method=method, sparsity=sparsity, refit=refit)
+
+
+def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
+    """Read a recipe from TOML; `methods` maps the words allowed in `method` to their dataclasses.
+
+    Raises:
+        RecipeError: not TOML, an unknown key, method or option, or an impossible value; the message names it.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"the recipe is not TOML: {error}") from None
+    _known(table, {"rule", "keep_dense"}, "the recipe")
+    rules = table.get("rule", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise RecipeError("the recipe: write each rule as a table [[rule]]")
+    keep_dense = table.get("keep_dense", [])
+    if not isinstance(keep_dense, list) or not all(isinstance(glob, str) for glob in keep_dense):
+        raise RecipeError(f"the recipe: keep_dense must be a list of globs, found {keep_dense!r}")
+    return Recipe(tuple(_parse_rule(rule, number, methods) for number, rule in enumerate(rules, 1)), tuple(keep_dense))
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """Write a recipe as TOML; `parse_recipe` is the inverse."""
+    lines = [f"keep_dense = {json.dumps(list(recipe.keep_dense))}"] if recipe.keep_dense else []
+    for rule in recipe.rules:
+        lines += ["", "[[rule]]", f"sites = {json.dumps(rule.sites)}", f"pattern = {json.dumps(str(rule.pattern))}"]
+        if rule.pattern.fixed_sparsity() is None:
+            lines.append(f"sparsity = {rule.sparsity!r}")
+        lines.append(f"method = {json.dumps(rule.method.name)}")
+        if not rule.refit:
+            lines.append("refit = false")
+        if options := method_options(rule.method):
+            body = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+            lines.append(f"options = {{ {body} }}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def method_options(method: Pruner) -> dict[str, Any]:
+    """Return the hyper-parameters of `method` as plain values."""
+    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]  # every Pruner is a dataclass
+
+
+def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[Any]]) -> Rule:
+    where = f"rule {number}"
+    _known(table, {"sites", "pattern", "sparsity", "method", "refit", "options"}, where)
+    sites = _typed(table, "sites", str, where, default="*")
+    method_name = _typed(table, "method", str, where)
+    if method_name not in methods:
+        raise RecipeError(f"{where}: unknown method {method_name!r}; known: {', '.join(sorted(methods))}")
+    options = _typed(table, "options", dict, where, default={})
+    _known(options, {field.name for field in dataclasses.fields(methods[method_name])}, f"{where}, options")
+    sparsity = table.get("sparsity")
+    if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float)):
+        raise RecipeError(f"{where}: sparsity must be a number in [0, 1), found {sparsity!r}")
+    try:
+        pattern = parse_pattern(_typed(table, "pattern", str, where))
+        method = methods[method_name](**options)
+        return make_rule(sites, pattern, method, sparsity, _typed(table, "refit", bool, where, default=True))
+    except PatternError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: method {method_name!r} refuses its options {options}: {error}") from None
+
+
+def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(set(table) - known):
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type[Any], where: str, default: Any = None) -> Any:
+    value = table.get(key, default)
+    if value is None:
+        raise RecipeError(f"{where}: {key} is missing")
+    if not isinstance(value, kind):
+        raise RecipeError(f"{where}: {key} must be a {kind.__name__}, found {value!r}")
+    return value
