@@ -1,0 +1,136 @@
+"""What a model is called with: one batch, its names and sizes, and the call itself."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.errors import DataError, ModelError
+
+Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""One call of a model: its only input, its positional inputs, or its inputs by name. Axis 0 counts the samples."""
+
+Axis = int | str | None
+"""The length of an axis: fixed, free under a name (equal names have equal lengths), or free."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model as the model itself declares it.
+
+    `dtype` and `shape` are None where the model does not say (a plain module); `required` is False for an argument
+    with a default.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    shape: tuple[Axis, ...] | None = None
+    required: bool = True
+
+
+def call(module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """Run `module` on one batch and return its output tensors, in order, as `output_tensors` finds them.
+
+    A Hugging Face forward is told `use_cache=False`, so that no key-value cache is among the outputs. Gradients are
+    recorded or not as the caller's context says.
+
+    Raises:
+        DataError: a named batch does not fit the arguments of the module's forward.
+        ModelError: the module returned something that is no tensor and holds none.
+    """
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in _parameters(module) else {}
+    if isinstance(batch, dict):
+        _check_names(module, batch)
+        return output_tensors(module(**{**options, **batch}))
+    if isinstance(batch, tuple):
+        return output_tensors(module(*batch, **options))
+    return output_tensors(module(batch, **options))
+
+
+def output_tensors(value: object) -> tuple[Tensor, ...]:
+    """Flatten tuples, lists and mappings (a Hugging Face ModelOutput is one) into tensors; None entries are left out.
+
+    Raises:
+        ModelError: something else is among them.
+    """
+    if isinstance(value, Tensor):
+        return (value,)
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return tuple(tensor for entry in value for tensor in output_tensors(entry))
+    raise ModelError(f"the model returned a {type(value).__name__}; return tensors, or tuples or dicts of tensors")
+
+
+def named_tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a batch under its name, or "input 0", "input 1", ... where it has none."""
+    if isinstance(batch, Tensor):
+        yield "input 0", batch
+    elif isinstance(batch, dict):
+        yield from batch.items()
+    else:
+        for position, tensor in enumerate(batch):
+            yield f"input {position}", tensor
+
+
+def main_tensor(batch: Batch) -> Tensor:
+    """Return the tensor that counts the samples: `input_ids` if there is one, else the first with at least one axis.
+
+    Raises:
+        DataError: the batch holds no such tensor.
+    """
+    if isinstance(batch, dict) and "input_ids" in batch:
+        return batch["input_ids"]
+    for _, tensor in named_tensors(batch):
+        if tensor.ndim:
+            return tensor
+    raise DataError("a batch holds no tensor with at least one axis; axis 0 must count the samples")
+
+
+def sample_count(batch: Batch) -> int:
+    """Count the samples of a batch: axis 0 of `main_tensor`."""
+    return main_tensor(batch).shape[0]
+
+
+def size_bytes(batch: Batch) -> int:
+    """Sum the sizes of the batch's tensors in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(batch))
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Return the batch with every tensor on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return tuple(tensor.to(device) for tensor in batch)
+
+
+def forward_inputs(module: nn.Module) -> tuple[InputSpec, ...]:
+    """List the named arguments of the module's forward; `*args` and `**kwargs` are not named."""
+    return tuple(
+        InputSpec(name, required=parameter.default is inspect.Parameter.empty)
+        for name, parameter in _parameters(module).items()
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    )
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
+
+
+def _check_names(module: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    known = [spec.name for spec in forward_inputs(module)]
+    swallows = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(module).values())
+    if swallows and not set(known) & set(batch):
+        return  # forward(**kwargs) alone says nothing of its names
+    # Hugging Face forwards swallow unknown keyword arguments, so a misspelt name would be dropped in silence.
+    if unknown := [name for name in batch if name not in known]:
+        raise DataError(
+            f"{type(module).__name__}.forward has no input {', '.join(map(repr, unknown))}; it takes {', '.join(known)}"
+        )
