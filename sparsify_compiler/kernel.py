@@ -64,8 +64,8 @@ class Format(Protocol):
         """The word in `Packed.layout`."""
         ...
 
-    def pack(self, weight: Tensor, keep: Tensor, pattern: Pattern) -> Packed:
-        """Pack `weight` (out, in), any floating dtype, where `keep` (out, in) bool is True."""
+    def pack(self, weight: Tensor, keep: Tensor, pattern: Pattern, run: int | None = None) -> Packed:
+        """Pack `weight` (out, in), any floating dtype, where `keep` (out, in) bool is True. `run` as in patterns."""
         ...
 
     def unpack(self, packed: Packed) -> Tensor:

@@ -1,0 +1,48 @@
+"""The kernels of this release, and the specification of a product from a packed weight."""
+
+import torch
+
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed
+from sparsify_compiler.runtime.csr import TorchCsr
+from sparsify_compiler.runtime.dense import Dense
+from sparsify_compiler.runtime.formats import kept_entries
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Return every kernel, dense first."""
+    return (Dense(), TorchCsr())
+
+
+def kernel_named(name: str) -> Kernel:
+    """Return the kernel that reports call `name`.
+
+    Raises:
+        KernelError: there is none in this version.
+    """
+    for kernel in kernels():
+        if kernel.name == name:
+            return kernel
+    known = ", ".join(kernel.name for kernel in kernels())
+    raise KernelError(f"kernel {name!r}: this version has {known}; compile the model again with this version")
+
+
+def spec_for(packed: Packed, tokens: tuple[int, ...], device: torch.device | None = None) -> MatmulSpec:
+    """Describe the product with a packed weight for kernels, on `device` (None: where its values are).
+
+    Raises:
+        KernelError: the packed tensors are missing, misshapen or contradict each other.
+    """
+    out, in_ = packed.shape
+    keep, values = kept_entries(packed)
+    device = device or values.device
+    density = float(keep.sum()) / max(out * in_, 1)
+    return MatmulSpec(out, in_, values.dtype, packed.pattern, density, tokens, device, capability(device))
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the CUDA compute capability of a device, or None for any other."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
