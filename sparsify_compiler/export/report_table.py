@@ -79,7 +79,8 @@ def _needed(columns: Sequence[Column]) -> int:
 
 
 def _draw(columns: Sequence[Column], width: int) -> Table:
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, GAP, 0, 0), pad_edge=False, show_edge=False)
+    # rich adds one column of its own between two: the padding is one less than the gap
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
     rest = sum(column.width() + GAP for column in columns[1:])
     name_width = min(columns[0].width(), max(width - rest - 2 * GAP, 16))
     for index, column in enumerate(columns):

@@ -4,6 +4,7 @@ More than `FOLD_ABOVE` sites are folded: `layers.{0-29}.fc` is thirty rows in on
 Nothing is left out silently: a narrow terminal drops columns and says which.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
@@ -59,8 +60,9 @@ def save_svg(report: Report, path: Path, width: int = 110) -> None:
     """Write a picture of the report as a terminal of `width` columns shows it."""
     console = Console(file=StringIO(), width=width, record=True, color_system="truecolor", force_terminal=True)
     console.print(render_report(report, width))
-    title = "sparsify-compiler report"
-    path.write_text(console.export_svg(title=title, unique_id="report"), encoding="utf-8")
+    picture = console.export_svg(title="sparsify-compiler report", unique_id="report")
+    # rich names a font on a server; a picture in a README should load nothing
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 def _header(report: Report) -> RenderableType:

@@ -1,0 +1,59 @@
+"""Draw a report as one HTML file that loads nothing from anywhere. Names from a model are text, never markup."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from sparsify_compiler.export.report import Report
+from sparsify_compiler.export.report_charts import error_charts, speed_charts
+from sparsify_compiler.export.report_rows import (
+    best_timings,
+    duration,
+    eligible_kernels,
+    error_selected,
+    number,
+    printable,
+    quality_change,
+    recipe_words,
+    shape_words,
+    size,
+    weights_removed,
+)
+
+
+def report_html(report: Report) -> str:
+    """Return the report as a page that stands alone: every site, every measurement, every reason."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters.update(size=size, duration=duration, number=number)
+    page = environment.from_string(files("sparsify_compiler.export").joinpath("report.html.jinja").read_text("utf-8"))
+    removed, weights = weights_removed(report)
+    dense_bytes = sum(site.dense_bytes for site in report.sites)
+    return page.render(
+        report=report,
+        recipe_words=recipe_words(report.recipe),
+        quality_change=quality_change,
+        shape_words=shape_words,
+        best_timings=best_timings,
+        eligible_kernels=eligible_kernels,
+        error_selected=error_selected,
+        removed=removed,
+        weights=weights,
+        dense_bytes=dense_bytes,
+        tokens=sorted({timing.tokens for site in report.sites for timing in site.timings}),
+        counts={status: sum(s.status == status for s in report.sites) for status in ("pruned", "dense", "refused")},
+        error_charts=error_charts(report),
+        speed_charts=speed_charts(report),
+        highest_error=max((site.relative_error or 0.0 for site in report.sites), default=0.0) or 1.0,
+    )
+
+
+def save_html(report: Report, path: Path) -> None:
+    """Write `report_html(report)` to `path` as UTF-8."""
+    path.write_text(report_html(report), encoding="utf-8")
