@@ -22,13 +22,14 @@ class InputSpec:
     """One input of a model as the model itself declares it.
 
     `dtype` and `shape` are None where the model does not say (a plain module); `required` is False for an argument
-    with a default.
+    with a default. `below` is the number of rows of the embedding that reads the input: its values lie in [0, below).
     """
 
     name: str
     dtype: torch.dtype | None = None
     shape: tuple[Axis, ...] | None = None
     required: bool = True
+    below: int | None = None
 
 
 def call(module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
@@ -41,13 +42,21 @@ def call(module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
         DataError: a named batch does not fit the arguments of the module's forward.
         ModelError: the module returned something that is no tensor and holds none.
     """
+    args, kwargs = call_arguments(module, batch)
+    return output_tensors(module(*args, **kwargs))
+
+
+def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Split a batch into the positional and keyword arguments of the module's forward, `use_cache=False` among them.
+
+    Raises:
+        DataError: a named batch does not fit the arguments of the module's forward.
+    """
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _parameters(module) else {}
     if isinstance(batch, dict):
         _check_names(module, batch)
-        return output_tensors(module(**{**options, **batch}))
-    if isinstance(batch, tuple):
-        return output_tensors(module(*batch, **options))
-    return output_tensors(module(batch, **options))
+        return (), {**options, **batch}
+    return (batch if isinstance(batch, tuple) else (batch,)), options
 
 
 def output_tensors(value: object) -> tuple[Tensor, ...]:
