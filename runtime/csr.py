@@ -26,7 +26,7 @@ class TorchCsr:
         if max(kept, spec.in_) > LARGEST_COUNT:
             return f"{kept} kept entries do not fit int32 indices; split the layer"
         if spec.device.type == "cpu":
-            if not torch.backends.mkl.is_available():
+            if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
                 return "this PyTorch was built without MKL, so it has no CSR product on a CPU"
             if spec.dtype not in (torch.float32, torch.float64):
                 return f"PyTorch has no {spec.dtype} CSR product on a CPU; float32 and float64 work"

@@ -18,7 +18,6 @@ padding of edge tiles).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,8 +55,8 @@ class NMFormat:
         counts.index_add_(1, owner, keep.int())
         if broken := int((counts != asked).sum()):
             raise KernelError(
-                f"cannot pack weight {tuple(weight.shape)} as {pattern}: {broken} of {counts.numel()} groups do not keep "
-                f"{pattern.keep} (a tail of fewer columns keeps all of them); select the keep mask with this pattern"
+                f"cannot pack weight {tuple(weight.shape)} as {pattern}: {broken} of {counts.numel()} groups do not "
+                f"keep {pattern.keep} (or all of a shorter tail); select the keep mask with this pattern"
             )
         values = weight[keep].reshape(out, int(asked.sum()))
         return Packed(self.layout, pattern, (out, in_), {"values": values, "mask": pack_bits(keep)})
@@ -129,7 +128,9 @@ class BlockFormat:
         values = _read(packed, "values", (int(kept.sum()), pattern.rows, pattern.cols))
         tiles = values.new_zeros(tile_rows, tile_cols, pattern.rows, pattern.cols)
         tiles[kept] = values
-        return tiles.transpose(1, 2).reshape(tile_rows * pattern.rows, tile_cols * pattern.cols)[:out, :in_].contiguous()
+        return (
+            tiles.transpose(1, 2).reshape(tile_rows * pattern.rows, tile_cols * pattern.cols)[:out, :in_].contiguous()
+        )
 
 
 def format_for(pattern: Pattern) -> Format:
@@ -169,7 +170,7 @@ def kept_entries(packed: Packed) -> tuple[Tensor, Tensor]:
     if packed.layout == "bitmap":
         starts = _read(packed, "row_starts", (packed.shape[0] + 1,))
         if not torch.equal(starts.long(), torch.nn.functional.pad(keep.sum(dim=1).cumsum(0), (1, 0))):
-            raise KernelError(f"packed weight {packed.shape}: row_starts contradicts the mask; pack the weight again")
+            raise KernelError(f"packed weight {packed.shape}: row_starts contradicts the mask; pack it again")
         return keep, _read(packed, "values", (kept,))
     per_row = kept // max(packed.shape[0], 1)
     return keep, _read(packed, "values", (packed.shape[0], per_row)).reshape(-1)
@@ -231,7 +232,7 @@ def _read(packed: Packed, name: str, shape: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise KernelError(
             f"packed weight {packed.shape} of layout {packed.layout!r}: {name} must be {shape}; "
-            f"found {tuple(tensor.shape)}; pack the weight again"
+            f"found {tuple(tensor.shape)}; pack it again"
         )
     return tensor
 
@@ -239,8 +240,8 @@ def _read(packed: Packed, name: str, shape: tuple[int, ...]) -> Tensor:
 def _read_mask(packed: Packed, rows: int, columns: int) -> Tensor:
     bits = _read(packed, "mask", (rows, -(-columns // 8)))
     if bits.dtype != torch.uint8:
-        raise KernelError(f"packed weight {packed.shape}: mask must be uint8; found {bits.dtype}; pack the weight again")
+        raise KernelError(f"packed weight {packed.shape}: mask must be uint8; found {bits.dtype}; pack it again")
     # Kernels count bits by the byte, so a stray bit past the last column would shift every value after it.
-    if columns % 8 and cast(bool, (bits[:, -1] >> (columns % 8)).any().item()):
-        raise KernelError(f"packed weight {packed.shape}: mask has bits past column {columns}; pack the weight again")
+    if columns % 8 and bool((bits[:, -1] >> (columns % 8)).any()):
+        raise KernelError(f"packed weight {packed.shape}: mask has bits past column {columns}; pack it again")
     return unpack_bits(bits, columns)

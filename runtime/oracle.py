@@ -42,4 +42,4 @@ def difference(
     if not wrong.any():
         return None
     worst = float((error / allowed).nan_to_num(nan=math.inf).max())
-    return f"{int(wrong.sum())} of {wrong.numel()} outputs differ from float64, the worst by {worst:.3g} times the bound"
+    return f"{int(wrong.sum())} of {wrong.numel()} outputs differ from float64, at worst {worst:.3g} times the bound"

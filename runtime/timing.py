@@ -61,7 +61,7 @@ class CudaStopwatch:
         rounds = max(1, math.ceil(self.inner / len(calls)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(self.warmup):
@@ -82,12 +82,13 @@ class CudaStopwatch:
 
     def _replay_us(self, graph: torch.cuda.CUDAGraph) -> float:
         with torch.cuda.device(self.device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end) * 1e3
+            return float(start.elapsed_time(end)) * 1e3
 
 
 @dataclass(frozen=True)
