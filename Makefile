@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed
 WEIGHTS := .venv/weights
 
-.PHONY: help demo test test-slow lint size bench clean
+.PHONY: help demo test test-slow lint size bench readme clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ lint: $(INSTALLED)  ## ruff, mypy --strict, lines per folder
 
 size:  ## lines per folder and the longest files
 	@$(PYTHON) tests/size.py
+
+readme:  ## rewrite the README's one line per file
+	@$(PYTHON) tests/listing.py
 
 bench: $(WEIGHTS)  ## time and memory of the main jobs, by pytest-benchmark
 	$(BIN)/python -m pytest tests/slow --benchmark-only

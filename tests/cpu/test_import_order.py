@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "sparsify_compiler"
 FACADE = ""  # the package's own __init__, which re-exports the api
 
-# Upstream first. Modules of one line may not import each other, files of one folder may.
+# Upstream first. Two names on one line may not import each other. A folder, and files that share a first word with a
+# name here (cli, cli_progress), count as one: inside it imports are free.
 ORDER = (
     ("errors",),
     ("pattern",),
@@ -23,13 +24,12 @@ ORDER = (
     ("batches",),
     ("frontends",),
     ("statistics",),
+    ("checkpoint",),
     ("calibrate",),
     ("passes", "runtime"),
     ("evaluate",),
     ("export",),
-    ("models_hf",),
     ("models",),
-    ("data_images", "data_tensors", "data_text", "data_generated"),
     ("data",),
     ("api",),
     (FACADE,),
@@ -46,7 +46,10 @@ def module_name(path: Path) -> str:
 
 def group(module: str) -> str:
     """Return the part of a module's name that the order speaks of."""
-    return (module + ".").split(".")[1]
+    name = (module + ".").split(".")[1]
+    family = name.split("_")[0]
+    known = {known for names in ORDER for known in names}
+    return family if name not in known and family in known else name
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -58,9 +61,9 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
 
 
-def offences(module: str, tree: ast.Module, order: tuple[tuple[str, ...], ...] = ORDER) -> list[str]:
+def offences(module: str, tree: ast.Module) -> list[str]:
     """Say in words which imports of `module` point downstream or across."""
-    rank = {name: position for position, names in enumerate(order) for name in names}
+    rank = {name: position for position, names in enumerate(ORDER) for name in names}
     here = group(module)
     if here not in rank:
         return [f"{module}: {here!r} has no place in the order; add it to ORDER"]
@@ -103,6 +106,7 @@ def test_every_name_in_the_order_exists() -> None:
         ("sparsify_compiler.problem", "from sparsify_compiler.kernel import Packed"),
         ("sparsify_compiler.passes.fold", "from sparsify_compiler.runtime.formats import pack"),
         ("sparsify_compiler.runtime.tune", "from sparsify_compiler.passes.fold import Fold"),
+        ("sparsify_compiler.models", "import sparsify_compiler.data_text"),
         ("sparsify_compiler.api", "from sparsify_compiler import compile"),
         ("sparsify_compiler.novelty", "import torch"),
     ],
@@ -116,6 +120,7 @@ def test_an_import_that_points_downstream_or_across_is_caught(module: str, sourc
     [
         ("sparsify_compiler.recipe", "from sparsify_compiler.pattern import NM"),
         ("sparsify_compiler.passes.fold", "from sparsify_compiler.passes.result import PassResult"),
+        ("sparsify_compiler.models", "from sparsify_compiler.models_hf import load_folder"),
         ("sparsify_compiler.pattern", "import torch"),
         ("sparsify_compiler", "from sparsify_compiler.api import compile"),
         ("sparsify_compiler.cli", "from sparsify_compiler import compile"),
