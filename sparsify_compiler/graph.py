@@ -174,6 +174,30 @@ def cut(steps: Sequence[Step], most_live: int = 2) -> list[int]:
     return cuts
 
 
+def number_blocks(paths: Sequence[str | None], has_site: Sequence[bool]) -> list[str | None]:
+    """Name the repeated module each node is in: its dotted path up to a number, such as "model.layers.3".
+
+    The shallowest numbering that divides the sites is used: a wrapper whose one numbered child holds nearly every
+    site ("0.encoder.layer.3") is looked through. None for nodes outside every numbered module.
+    """
+    depth = 1
+    while True:
+        named = [_to_number(path, depth) for path in paths]
+        of_sites = [name for name, site in zip(named, has_site, strict=True) if site and name is not None]
+        largest = max((of_sites.count(name) for name in set(of_sites)), default=0)
+        deeper = [_to_number(path, depth + 1) for path in paths]
+        if largest <= len(of_sites) * 0.6 or deeper == named:
+            return named
+        depth += 1
+
+
+def _to_number(path: str | None, depth: int) -> str | None:
+    """Cut a dotted path after its `depth`-th number, or after its last where there are fewer."""
+    parts = (path or "").split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[min(depth, len(numbers)) - 1] + 1]) if numbers else None
+
+
 def _leaves_block(steps: Sequence[Step], position: int) -> bool:
     before = next((s.block for s in reversed(steps[:position]) if s.block), None)
     return steps[position].block != before and before is not None

@@ -1,0 +1,122 @@
+"""Finished segments on disk, so that a killed run can go on where it was.
+
+The folder holds one safetensors file a segment and `manifest.json`, which names the finished ones. The manifest is
+replaced atomically after the segment's file is durable, so at any moment it names only whole files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sparsify_compiler.errors import DataError, ExportError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """One finished site: its weight (groups, out, in) float32, keep mask likewise, and what the report says of it."""
+
+    weight: Tensor
+    keep: Tensor
+    record: Mapping[str, Any]
+
+
+class Checkpoint:
+    """Read and write the finished segments of one run, identified by `fingerprint`."""
+
+    def __init__(self, folder: Path, fingerprint: str, resume: bool) -> None:
+        """Open or create `folder`.
+
+        Raises:
+            DataError: `resume` was asked and the folder belongs to another run (model, data, recipe or versions).
+        """
+        self.folder = folder
+        self._finished: dict[str, str] = {}
+        self._fingerprint = fingerprint
+        manifest = folder / MANIFEST
+        if resume and manifest.exists():
+            table = json.loads(manifest.read_text())
+            if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
+                raise DataError(
+                    f"--resume: {folder} was started with another model, data, recipe or library version; "
+                    "start again without --resume"
+                )
+            self._finished = table["segments"]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest()
+
+    def read(self, segment: int) -> dict[str, SavedSite] | None:
+        """Return the sites of a finished segment by name, or None where it is not finished."""
+        name = self._finished.get(str(segment))
+        if name is None:
+            return None
+        data = (self.folder / name).read_bytes()
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise DataError(f"{self.folder / name} is damaged ({error}); start again without --resume") from None
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        records = json.loads(header["__metadata__"]["records"])
+        return {
+            site: SavedSite(tensors[f"{site}.weight"], tensors[f"{site}.keep"].bool(), record)
+            for site, record in records.items()
+        }
+
+    def write(self, segment: int, sites: Mapping[str, SavedSite]) -> None:
+        """Record a finished segment. Raises ExportError where the disk is full."""
+        tensors: dict[str, Tensor] = {}
+        for name, site in sites.items():
+            tensors[f"{name}.weight"] = site.weight.contiguous()
+            tensors[f"{name}.keep"] = site.keep.to(torch.uint8).contiguous()
+        records = json.dumps({name: dict(site.record) for name, site in sites.items()})
+        name = f"segment-{segment:04d}.safetensors"
+        durable_write(self.folder / name, save(tensors, {"records": records}))
+        self._finished[str(segment)] = name
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        table = {"version": VERSION, "fingerprint": self._fingerprint, "segments": self._finished}
+        durable_write(self.folder / MANIFEST, json.dumps(table, indent=1).encode())
+
+
+def durable_write(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or absent, also after a power cut. Raises ExportError."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ExportError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another disk"
+        ) from None
+
+
+def digest(*parts: object) -> str:
+    """Hash tensors and printable values into a fingerprint."""
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            tensor = part.detach().cpu().contiguous()
+            state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            if tensor.numel():
+                state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            state.update(repr(part).encode())
+        state.update(b"\0")
+    return state.hexdigest()

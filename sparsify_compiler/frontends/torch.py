@@ -1,0 +1,258 @@
+"""The graph protocol over a torch.fx graph traced from a torch module."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsify_compiler.batches import Batch
+from sparsify_compiler.errors import DataError
+from sparsify_compiler.frontends.layout import from_problem, to_problem
+from sparsify_compiler.frontends.torch_parts import Parts, divide
+from sparsify_compiler.frontends.torch_run import Runner, dotted, move_constants, replace_parameter
+from sparsify_compiler.frontends.torch_sites import Product
+from sparsify_compiler.frontends.torch_trace import Traced, from_program, trace
+from sparsify_compiler.graph import Observer, Segment, Site, Values
+
+MOST_SHAPES = 8
+"""Input shapes whose masks and rotary tables are remembered at a time."""
+
+
+def trace_module(module: nn.Module, batch: Batch, device: torch.device | None = None) -> "TorchGraph":
+    """Trace `module` on an example batch; see `torch_trace.trace`. The module is not modified, its weights are shared.
+
+    `device` is where segments run (default: where the weights are); weights are brought there a segment at a time.
+    """
+    return TorchGraph(trace(module, batch), device)
+
+
+def trace_program(program: ExportedProgram, device: torch.device | None = None) -> "TorchGraph":
+    """Take a saved torch.export program as a graph."""
+    return TorchGraph(from_program(program), device)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The next recorded operations after one site, as a differentiable function of that site's weight.
+
+    `inputs` names the values it reads besides the weight, `records` the values it returns, in execution order, the
+    site's own output first. Get both from `TorchGraph.record`: inputs with the pruned weights, targets with the dense.
+    """
+
+    site: Site
+    inputs: tuple[str, ...]
+    records: tuple[str, ...]
+    evaluate: Callable[[Tensor, Values], tuple[Tensor, ...]]
+
+    def __call__(self, weight: Tensor, values: Values) -> tuple[Tensor, ...]:
+        """Return the recorded outputs for `weight` (groups, out, in); supports jvp, vjp and double backward.
+
+        Attention runs in its mathematical form: the fused kernels have no forward-mode or second derivative.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.evaluate(weight, values)
+
+
+class TorchGraph:
+    """A traced torch model. The weights start as the user's own and are replaced, never written in place."""
+
+    def __init__(self, traced: Traced, device: torch.device | None = None) -> None:
+        self.traced = traced
+        self.module = traced.graph_module
+        self._parts: Parts = divide(self.module)
+        at = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self._device = device or at
+        if self._device != at:
+            move_constants(self.module, self._device)
+        self._runner = Runner(self._parts.products, self._fetch)
+        self._by_name = {site.name: site for site in self._parts.sites}
+        self._resident: dict[str, Any] = {}
+        self._resident_segment = -1
+        self._constants: dict[tuple[Any, ...], Values] = {}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site in execution order, refused ones included."""
+        return self._parts.sites
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments in execution order."""
+        return self._parts.segments
+
+    def weight(self, site: Site) -> Tensor:
+        """Return a float32 copy of the weight, (groups, out, in)."""
+        if site.layout is None:
+            raise DataError(f"site {site.name!r} cannot be read as a matrix: {site.refusal}")
+        native = dotted(self.module, site.parameter).detach()
+        return to_problem(native, site.layout).to(torch.float32, copy=True).contiguous()
+
+    def set_weight(self, site: Site, weight: Tensor) -> None:
+        """Replace the weight by `weight` (groups, out, in), under every name it is tied to."""
+        old = dotted(self.module, site.parameter)
+        native = self._native(site, weight.detach()).to(device=old.device, dtype=old.dtype)
+        for name in self._parts.aliases[site.parameter]:
+            replace_parameter(self.module, name, native)
+        first = dotted(self.module, site.parameter)
+        for name in self._parts.aliases[site.parameter][1:]:  # tied names share one Parameter again
+            owner, _, leaf = name.rpartition(".")
+            setattr(dotted(self.module, owner) if owner else self.module, leaf, first)
+        self._resident.clear()
+
+    def aliases(self, site: Site) -> tuple[str, ...]:
+        """Return every name the site's parameter has in the model."""
+        return self._parts.aliases[site.parameter]
+
+    def enter(self, batch: Batch) -> Values:
+        """Turn one user batch into the values alive before segment 0."""
+        inputs = self._arrange(batch)
+        placeholders = self._parts.placeholders
+        if len(inputs) != len(placeholders):
+            raise DataError(
+                f"the model takes {len(placeholders)} inputs ({', '.join(placeholders)}); got {len(inputs)}"
+            )
+        values: Values = {}
+        for name, value in zip(placeholders, inputs, strict=True):
+            values[name] = value
+        sizes = [node for node in self._parts.constant_nodes if node.name in self._parts.size_names]
+        loaded = {name: self._place(value) for name, value in values.items()}
+        known = self._runner.run(sizes, loaded, frozenset(self._parts.size_names), {})
+        return {name: value for name, value in {**values, **known}.items() if name in self._parts.alive_first}
+
+    def run_segment(
+        self,
+        index: int,
+        values: Values,
+        observe: Observer | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Values:
+        """Run one segment and return the values alive after it, on the graph's device; see `graph.Graph`."""
+        if index != self._resident_segment:
+            self._resident.clear()
+            self._resident_segment = index
+        env = {name: self._place(value) for name, value in values.items()}
+        seen: set[tuple[str, str]] = set()
+
+        def see(product: Product, x: Tensor) -> None:
+            key = self._parts.reads[product.node]
+            once = (key, product.input_node.name if product.input_node else "")
+            if observe is not None and once not in seen:
+                seen.add(once)
+                observe(key, x)
+
+        keep = frozenset(self._parts.alive_after[index])
+        env = {**self._constant_values(env), **env}
+        return self._runner.run(
+            self._parts.segment_nodes[index], env, keep, self._overrides(weights), see if observe else None
+        )
+
+    def outputs(self, values: Values) -> tuple[Tensor, ...]:
+        """Return the model's output tensors from the values alive after the last segment."""
+        named = [value for value in self._parts.outputs if isinstance(value, fx.Node)]
+        found = [values[node.name] if node.op != "get_attr" else self._fetch(str(node.target)) for node in named]
+        return tuple(value for value in found if isinstance(value, Tensor))
+
+    def record(
+        self, index: int, values: Values, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
+    ) -> Values:
+        """Run from the start of segment `index` until every value in `names` was made, and return those values."""
+        wanted = set(names)
+        nodes: list[fx.Node] = [node for part in self._parts.segment_nodes[index:] for node in part]
+        last = max((i for i, node in enumerate(nodes) if node.name in wanted), default=-1)
+        env = {name: self._place(value) for name, value in values.items()}
+        env = {**self._constant_values(env), **env}
+        return self._runner.run(nodes[: last + 1], env, frozenset(wanted), self._overrides(weights)) | {
+            name: env[name] for name in wanted if name in env
+        }
+
+    def slice(self, site: Site, operations: int) -> Slice:
+        """Cut out what follows `site`: itself and the next `operations` recorded operations that depend on it.
+
+        Recorded are linear, convolution, normalisation, activation, pooling and attention nodes, not views and sums.
+        """
+        if site.calls != 1 or site.layout is None:
+            raise DataError(
+                f"site {site.name!r}: a slice needs a weight that is used once; it is used {site.calls} times"
+            )
+        nodes, inputs, records = self._parts.downstream(site, operations)
+
+        def evaluate(weight: Tensor, values: Values) -> tuple[Tensor, ...]:
+            env = {name: self._place(value) for name, value in values.items()}
+            done = self._runner.run(nodes, env, frozenset(records), self._overrides({site.name: weight}))
+            return tuple(done[name] for name in records)
+
+        return Slice(site, inputs, records, evaluate)
+
+    def text(self) -> str:
+        """Print the graph: a line per segment and node, sites marked with what they are."""
+        lines = [f"# traced by {self.traced.how}"]
+        names = {node: site for site in self.sites for node in self._parts.site_products[site.name]}
+        for segment, nodes in zip(self.segments, self._parts.segment_nodes, strict=True):
+            lines.append(f"segment {segment.index} {segment.name}:  # reads {', '.join(segment.needs)}")
+            for node in nodes:
+                site = names.get(node)
+                mark = f"  # site {site.name} ({site.out}, {site.in_})" if site else ""
+                lines.append(f"  %{node.name} = {node.target}({', '.join(s.name for s in node.all_input_nodes)}){mark}")
+        return "\n".join(lines)
+
+    def _native(self, site: Site, weight: Tensor) -> Tensor:
+        if site.layout is None:
+            raise DataError(f"site {site.name!r} cannot be written as a matrix: {site.refusal}")
+        return from_problem(weight, site.layout, site.shape)
+
+    def _overrides(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {
+            name: self._native(self._by_name[site], weight)
+            for site, weight in (weights or {}).items()
+            for name in self._parts.aliases[self._by_name[site].parameter]
+        }
+
+    def _arrange(self, batch: Batch) -> Sequence[Any]:
+        """Order a batch as the graph's placeholders, defaults for what only the trace needed (use_cache)."""
+        if isinstance(batch, Tensor):
+            batch = (batch,)
+        if isinstance(batch, tuple):
+            return [
+                *batch,
+                *(self._default(name) for name in self.traced.keywords[len(batch) - self.traced.positional :]),
+            ]
+        missing = [name for name in self.traced.keywords if name not in batch and name != "use_cache"]
+        unknown = [name for name in batch if name not in self.traced.keywords]
+        if missing or unknown or self.traced.positional:
+            expected = ", ".join(name for name in self.traced.keywords if name != "use_cache")
+            raise DataError(f"the model was traced with inputs {expected or 'by position'}; got {', '.join(batch)}")
+        return [batch[name] if name in batch else self._default(name) for name in self.traced.keywords]
+
+    def _default(self, name: str) -> Any:
+        if name == "use_cache":
+            return False
+        raise DataError(f"the model's input {name!r} is missing from the batch")
+
+    def _constant_values(self, env: Values) -> Values:
+        """Compute what depends on input sizes alone (masks, rotary tables), once per distinct sizes."""
+        key = tuple(env[name] for name in self._parts.size_names)
+        if key not in self._constants:
+            if len(self._constants) >= MOST_SHAPES:
+                self._constants.pop(next(iter(self._constants)))
+            nodes = [node for node in self._parts.constant_nodes if node.name not in self._parts.size_names]
+            known = {name: env[name] for name in self._parts.size_names}
+            with torch.no_grad():
+                self._constants[key] = self._runner.run(nodes, known, self._parts.constant_names, {})
+        return self._constants[key]
+
+    def _place(self, value: Any) -> Any:
+        return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    def _fetch(self, name: str) -> Any:
+        value = dotted(self.module, name)
+        if not isinstance(value, Tensor):
+            return value
+        if value.device == self._device:
+            return value
+        if name not in self._resident:
+            self._resident[name] = value.to(self._device)
+        return self._resident[name]

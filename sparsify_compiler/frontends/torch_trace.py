@@ -1,0 +1,180 @@
+"""From a torch module to one torch.fx graph: torch.export first, torch.fx.symbolic_trace second."""
+
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_flatten
+
+from sparsify_compiler.batches import Batch, call_arguments
+from sparsify_compiler.errors import TraceError
+
+TRACE_FAILURES = (
+    RuntimeError,  # also torch._dynamo.exc.TorchDynamoException and torch.fx guard errors
+    TypeError,
+    ValueError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    NotImplementedError,
+    NameError,
+)
+"""What the two tracers raise on models they cannot follow; anything else is a bug and propagates."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph and how to call it.
+
+    `positional` is the number of leading positional inputs, `keywords` the names of the rest, in placeholder order.
+    `how` names the tracer in words; `dynamic` says whether sizes other than the example's may be given.
+    """
+
+    graph_module: fx.GraphModule
+    positional: int
+    keywords: tuple[str, ...]
+    how: str
+    dynamic: bool
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode and restore each one's own mode afterwards."""
+    modes = [(sub, sub.training) for sub in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for sub, mode in modes:
+            sub.training = mode
+
+
+def trace(module: nn.Module, batch: Batch) -> Traced:
+    """Trace `module` in eval mode on an example `batch`. The module is not modified.
+
+    Raises:
+        TraceError: neither tracer could follow the model; names the operation and the line of the model's source.
+    """
+    args, kwargs = call_arguments(module, batch)
+    with evaluating(module):
+        try:
+            return _export(module, args, kwargs)
+        except TRACE_FAILURES as error:
+            export_error = error
+        try:
+            return _symbolic(module, args, kwargs)
+        except TRACE_FAILURES as error:
+            raise TraceError(
+                f"{type(module).__name__} cannot be traced: torch.export failed with {_explain(export_error)}; "
+                f"torch.fx.symbolic_trace failed with {_explain(error)}; rewrite the operation without data-dependent "
+                "Python control flow, or export the model to ONNX yourself and compile that file"
+            ) from export_error
+
+
+def from_program(program: ExportedProgram) -> Traced:
+    """Take the graph of a saved torch.export program."""
+    graph_module = program.module()
+    args_spec, kwargs_spec = program.call_spec.in_spec.children()
+    keywords = tuple(kwargs_spec.context or ())
+    if args_spec.num_leaves != args_spec.num_children:
+        raise TraceError("the program's positional inputs are nested; export the model with plain tensor inputs")
+    return Traced(_clean(graph_module), args_spec.num_leaves, keywords, "torch.export program", dynamic=True)
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Export with dynamic sizes where the model allows it, else with the example's own sizes."""
+    grown_args, grown_kwargs = _grow((args, kwargs))
+    first_error: BaseException | None = None
+    for kind in (Dim.DYNAMIC, Dim.AUTO, None):
+        example = (grown_args, grown_kwargs) if kind is not None else (args, kwargs)
+        shapes = None if kind is None else _dynamic_shapes(module, example, kind)
+        try:
+            with torch.no_grad():
+                program = torch.export.export(module, example[0], example[1], dynamic_shapes=shapes)
+        except TRACE_FAILURES as error:
+            first_error = first_error or error
+            continue
+        how = "torch.export" if kind is not None else "torch.export with fixed sizes"
+        graph_module = _clean(program.module())
+        return Traced(graph_module, len(args), tuple(kwargs), how, dynamic=kind is not None)
+    assert first_error is not None
+    raise first_error
+
+
+def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    concrete = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    graph_module = fx.symbolic_trace(module, concrete_args=concrete or None)
+    graph_module.graph.eliminate_dead_code()
+    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    keywords = tuple(name for name in kwargs if name in names)
+    for node in list(graph_module.graph.nodes):  # forward arguments that were left at their defaults
+        if node.op == "placeholder" and node.name in names[len(args) :] and node.name not in keywords:
+            if node.users:
+                raise ValueError(f"forward argument {node.name!r} has no value in the batch")
+            graph_module.graph.erase_node(node)
+    return Traced(graph_module, len(args), keywords, "torch.fx.symbolic_trace", dynamic=True)
+
+
+def _clean(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Drop guards and assertions on sizes and devices, and what nothing reads."""
+    graph = graph_module.graph
+    asserts = {"_guards_fn"}
+    for node in reversed(list(graph.nodes)):
+        if node.users:
+            continue
+        named = str(node.target)
+        if named in asserts or "_assert" in named or "sym_constrain_range" in named:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return graph_module
+
+
+def _grow(tree: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat a batch of one, because torch.export takes a size of one for a constant."""
+    leaves = [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    if not leaves or any(leaf.shape[0] != 1 for leaf in leaves):
+        return tree
+    args, kwargs = tree
+    return (
+        tuple(_twice(value) for value in args),
+        {name: _twice(value) for name, value in kwargs.items()},
+    )
+
+
+def _twice(value: Any) -> Any:
+    return value.repeat(2, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _dynamic_shapes(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], kind: Any) -> Any:
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return None
+        text = value.dim() == 2 and not value.is_floating_point()
+        return dict.fromkeys((0, 1) if text else (0,), kind)
+
+    args, kwargs = example
+    if not kwargs:
+        return tuple(one(value) for value in args)
+    names = list(inspect.signature(module.forward).parameters)[: len(args)]
+    positional = dict(zip(names, (one(value) for value in args), strict=True))
+    return positional | {name: one(value) for name, value in kwargs.items()}
+
+
+def _explain(error: BaseException) -> str:
+    """Name the error, its first line, and the model's own source line, not torch's."""
+    text = str(error).strip().splitlines()
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "torch" not in Path(frame.filename).parts and "sparsify_compiler" not in Path(frame.filename).parts
+    ]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}"
