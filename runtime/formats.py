@@ -173,6 +173,8 @@ def kept_entries(packed: Packed) -> tuple[Tensor, Tensor]:
             raise KernelError(f"packed weight {packed.shape}: row_starts contradicts the mask; pack it again")
         return keep, _read(packed, "values", (kept,))
     per_row = kept // max(packed.shape[0], 1)
+    if not bool((keep.sum(dim=1) == per_row).all()):
+        raise KernelError(f"packed weight {packed.shape}: mask rows keep different counts; pack it again")
     return keep, _read(packed, "values", (packed.shape[0], per_row)).reshape(-1)
 
 

@@ -1,0 +1,137 @@
+"""Time whole models against each other: same run, interleaved, medians, the spread shown."""
+
+import dataclasses
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsify_compiler.errors import DataError
+from sparsify_compiler.runtime.timing import Words, compare_pairs, spread
+
+Clock = Callable[[], float]
+"""Returns seconds since any fixed moment."""
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One candidate. `median_ms` and its relative `spread` (IQR / median) over `repeats` calls.
+
+    `speedup` is the median over the rounds of the first candidate's time / this one's, `speedup_spread` that ratio's
+    IQR / median, `verdict` what they say about this one against the first. Sizes are the caller's, None if unknown.
+    """
+
+    label: str
+    median_ms: float
+    spread: float
+    speedup: float
+    speedup_spread: float
+    verdict: Words
+    repeats: int
+    peak_memory_bytes: int | None = None
+    size_bytes: int | None = None
+
+
+def compare(
+    candidates: Sequence[tuple[str, Callable[[], object]]],
+    repeats: int = 20,
+    warmup: int = 3,
+    device: torch.device | None = None,
+    peak_memory_bytes: Mapping[str, int] | None = None,
+    size_bytes: Mapping[str, int] | None = None,
+    clock: Clock = time.perf_counter,
+) -> tuple[BenchRow, ...]:
+    """Call the labelled candidates in turn, `repeats` rounds after `warmup` ones; one row each, the first is the base.
+
+    Wall time of a call from an idle device to an idle device: on a CUDA `device` both ends are synchronised, so that
+    launch overhead counts as it does for a user. Fewer than 5 rounds say little about the spread.
+
+    Raises:
+        DataError: no candidate, labels that repeat, or fewer than 2 repeats.
+    """
+    labels = [label for label, _ in candidates]
+    if not labels or len(set(labels)) != len(labels) or repeats < 2 or warmup < 0:
+        raise DataError(
+            f"cannot compare {labels} over {repeats} repeats after {warmup}: needs at least one candidate, labels that "
+            f"differ and 2 repeats"
+        )
+    times: dict[str, list[float]] = {label: [] for label in labels}
+    for done in range(warmup + repeats):
+        for label, call in candidates:
+            seconds = _seconds(call, device, clock)
+            if done >= warmup:
+                times[label].append(seconds * 1e3)
+    return tuple(
+        _row(label, times, labels[0], (peak_memory_bytes or {}).get(label), (size_bytes or {}).get(label))
+        for label in labels
+    )
+
+
+def rows_to_json(rows: Sequence[BenchRow]) -> str:
+    """Write rows as a JSON list; `rows_from_json` is the inverse."""
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+
+
+def rows_from_json(text: str) -> tuple[BenchRow, ...]:
+    """Read what `rows_to_json` wrote."""
+    return tuple(BenchRow(**row) for row in json.loads(text))
+
+
+def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
+    """Draw the medians as bars with their interquartile range, each with its speed-up, to a .png or .svg file.
+
+    Raises:
+        DataError: matplotlib is not installed, another file type was asked, there are no rows, or the disk refused.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg") or not rows:
+        raise DataError(f"cannot plot {len(rows)} rows to {path.name}: needs at least one row and a .png or .svg file")
+    try:
+        figure_module = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError:
+        raise DataError(
+            f"cannot plot {path.name}: matplotlib is not installed; pip install 'sparsify-compiler[plot]'"
+        ) from None
+    # A Figure of its own, not pyplot: pyplot keeps global state and may look for a display.
+    figure = figure_module.Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    middle = [row.median_ms for row in rows]
+    whiskers = [row.median_ms * row.spread / 2 for row in rows]
+    bars = axes.barh([row.label for row in rows], middle, xerr=whiskers, color="#4c78a8", ecolor="#333333", capsize=3)
+    axes.bar_label(bars, [_caption(row, index) for index, row in enumerate(rows)], padding=6, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.5 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
+    axes.set_xlabel(f"milliseconds a call (median of {rows[0].repeats}, bars show the interquartile range)")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise DataError(f"cannot write the plot {path}: {error.strerror}; choose another place") from None
+
+
+def _seconds(call: Callable[[], object], device: torch.device | None, clock: Clock) -> float:
+    _wait(device)
+    start = clock()
+    call()
+    _wait(device)
+    return clock() - start
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _row(label: str, times: Mapping[str, Sequence[float]], first: str, peak: int | None, size: int | None) -> BenchRow:
+    pair = compare_pairs(times[first], times[label])
+    own = times[label]
+    middle = statistics.median(own)
+    return BenchRow(label, middle, spread(own), pair.speedup, pair.spread, pair.words(), len(own), peak, size)
+
+
+def _caption(row: BenchRow, index: int) -> str:
+    return f"{row.median_ms:.3g} ms" if index == 0 else f"{row.median_ms:.3g} ms, {row.speedup:.2f}x, {row.verdict}"
