@@ -12,8 +12,9 @@ from torch import Tensor
 from sparsify_compiler.errors import ExportError
 from sparsify_compiler.export.onnx_pack import SiteWeight
 from sparsify_compiler.frontends.layout import to_problem
+from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.frontends.onnx_constants import Constants
-from sparsify_compiler.frontends.onnx_products import Product
+from sparsify_compiler.frontends.onnx_products import Product, find_products
 from sparsify_compiler.frontends.onnx_sites import find_sites
 from sparsify_compiler.graph import ConvLayout
 from sparsify_compiler.pattern import Pattern
@@ -33,6 +34,44 @@ def site_products(model: onnx_ir.Model) -> dict[str, tuple[Product, ...]]:
     return {
         found.site.name: found.products for found in find_sites(model, Constants(model)) if found.site.refusal is None
     }
+
+
+def graph_products(graph: OnnxGraph) -> dict[str, tuple[Product, ...]]:
+    """List the products of every prunable site of a loaded ONNX graph, in `graph.model`, by the site's name."""
+    constants = Constants(graph.model)
+    return {
+        site.name: tuple(
+            product
+            for node, index in graph.products(site.name)
+            for product in find_products(node, constants, ())
+            if product.index == index
+        )
+        for site in graph.sites
+        if site.refusal is None
+    }
+
+
+def match_sites(model: onnx_ir.Model, weights: Mapping[str, Tensor]) -> dict[str, tuple[Product, ...]]:
+    """Find the sites of a torch module in the graph its exporter wrote; `weights` (groups, out, in) by site name.
+
+    A site is found by its name and confirmed by its numbers, or by its numbers alone: equal, up to rounding and a
+    factor per output, because the exporter folds a BatchNorm into the convolution before it and then calls both by
+    the BatchNorm's name. Sites that are not in the graph are left out.
+    """
+    constants, products = Constants(model), site_products(model)
+    matched: dict[str, tuple[Product, ...]] = {}
+    for name, weight in weights.items():
+        if name in products and _same_rows(read_weight(products[name][0], constants), weight):
+            matched[name] = products[name]
+    for name, weight in weights.items():
+        if name in matched:
+            continue
+        taken = set(matched.values())
+        for candidate in products.values():
+            if candidate not in taken and _same_rows(read_weight(candidate[0], constants), weight):
+                matched[name] = candidate
+                break
+    return matched
 
 
 def site_weights(
@@ -78,6 +117,18 @@ TORCH_DTYPES: Mapping[onnx_ir.DataType, torch.dtype] = {
     onnx_ir.DataType.BFLOAT16: torch.bfloat16,
     onnx_ir.DataType.DOUBLE: torch.float64,
 }
+
+
+def _same_rows(found: Tensor, weight: Tensor) -> bool:
+    """Tell whether every row of `found` is a non-zero multiple of the same row of `weight`, zeros in the same places."""
+    if found.shape != weight.shape or not torch.equal(found != 0, weight.to(found.dtype) != 0):
+        return False
+    rows, model_rows = found.double(), weight.double()
+    energy = (model_rows * model_rows).sum(dim=-1, keepdim=True)
+    factor = (rows * model_rows).sum(dim=-1, keepdim=True) / energy.clamp_min(torch.finfo(torch.float64).tiny)
+    # Rounded once to the file's dtype by the fold, and once when the model's own weight was cast.
+    room = 4 * torch.finfo(found.dtype).eps * (rows.abs() + (factor * model_rows).abs())
+    return bool(((rows - factor * model_rows).abs() <= room).all())
 
 
 def _site_weight(name: str, products: tuple[Product, ...], weight: Tensor, mask: SiteMask) -> SiteWeight:
