@@ -25,7 +25,7 @@ class Row:
 def fold_sites(sites: Sequence[SiteReport]) -> tuple[Row, ...]:
     """Gather sites whose names differ only in numbers and for which all that was decided is the same.
 
-    Errors, times, token counts and notes may differ inside a row; the drawing shows their range.
+    Errors, times, token counts, notes and the reasons for a kernel may differ inside a row; the drawing shows ranges.
     """
     return tuple(Row(name, members) for name, members in fold(sites, lambda site: site.name, _decision))
 
@@ -162,10 +162,10 @@ def spread(values: Iterable[float | None], write: Callable[[float], str], missin
 
 
 def _decision(site: SiteReport) -> object:
-    return (
-        site.kind, site.shape, site.groups, site.status, site.reason, site.pattern, site.method, site.sparsity,
-        site.kernel, eligible_kernels(site), tuple(site.refused_kernels.items()), site.onnx,
-    )  # fmt: skip
+    # a pruned site's reason says which kernel won, with that site's own figures
+    reason = "" if site.status == "pruned" else site.reason
+    what = (site.kind, site.shape, site.groups, site.status, reason, site.pattern, site.method, round(site.sparsity, 3))
+    return (*what, site.kernel, eligible_kernels(site), tuple(site.refused_kernels.items()), site.onnx)
 
 
 def _fold_group(group: Sequence[int], names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:

@@ -44,7 +44,7 @@ NAMED = 3
 def render_report(report: Report, width: int) -> RenderableType:
     """Return the report as a rich renderable for a terminal of `width` columns."""
     parts: list[RenderableType] = [_header(report), *_pruned(report, width), *_left_dense(report, width)]
-    parts += [*_speed(report, width), *_refused_kernels(report), *_notes(report)]
+    parts += [*_speed(report, width), *_verdicts(report), *_refused_kernels(report), *_notes(report)]
     return Group(*parts)
 
 
@@ -191,18 +191,22 @@ def _speed(report: Report, width: int) -> Iterable[RenderableType]:
     yield from table(f"Speed: {len(sites)} sites measured{_folded(rows, len(sites))}", columns, width)
     meaning = "speedup = dense time / sparse time in the same run, of the picked kernel; where dense was kept, of the"
     yield small(Text(f"{meaning} fastest other. spread = interquartile range / median."))
-    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for site in sites:
-        for timing in site.timings:
-            if timing.verdict:
-                found.setdefault((timing.kernel, timing.verdict), []).append((timing.tokens, site.name))
+
+
+def _verdicts(report: Report) -> Iterable[RenderableType]:
+    found: dict[str, list[str]] = {}
+    for site in report.sites:
+        if site.status == "pruned" and site.reason:
+            found.setdefault(site.reason, []).append(site.name)
+    if not found:
+        return
+    pruned = [site.name for site in report.sites if site.status == "pruned"]
+    yield Text("\nWhy these kernels", style="bold")
     shown = sorted(found.items(), key=lambda item: -len(item[1]))
-    for (kernel, verdict), places in shown[:VERDICTS]:
-        counts = ", ".join(str(count) for count in sorted({count for count, _ in places}))
-        where = _names([name for _, name in places], [site.name for site in sites])
-        yield bullet(_plain(f"{kernel} at {counts} tokens: {verdict} ({where})"))
+    for reason, names in shown[:VERDICTS]:
+        yield bullet(_plain(f"{_names(names, pruned)}: {reason}"))
     if len(shown) > VERDICTS:
-        yield small(Text(f"{len(shown) - VERDICTS} more verdicts, each about fewer sites: see report.html."))
+        yield small(Text(f"{len(shown) - VERDICTS} more reasons, each of fewer sites: see report.html."))
 
 
 def _speedup(row: Row, tokens: int) -> Text:
@@ -271,7 +275,8 @@ def _packed(row: Row) -> Text:
     dense_bytes, packed_bytes = (
         sum(getattr(site, key) for site in row.sites) for key in ("dense_bytes", "packed_bytes")
     )
-    return _plain(f"{size(dense_bytes)} → {size(packed_bytes)}" if packed_bytes else "–")
+    packed = packed_bytes and packed_bytes != dense_bytes
+    return _plain(f"{size(dense_bytes)} → {size(packed_bytes)}" if packed else size(dense_bytes))
 
 
 def _kernel(site: SiteReport) -> Text:

@@ -61,6 +61,7 @@ def make_site(name: str, error: float | None = 0.25, kernel: str = "dense", **ch
         damp=0.01,
         seconds=1.5,
         kernel=kernel,
+        reason=f"{kernel} won on {name}",
         refused_kernels={"nm_mma": "needs a CUDA GPU; found a CPU"},
         timings=(
             Timing("torch_csr", 1, 50.0, 100.0, 0.02, 2.0 if kernel != "dense" else 0.5, "measured"),
@@ -187,6 +188,15 @@ def test_many_sites_fold_with_the_range_of_their_errors() -> None:
     assert "model.layers.{0-2,4-29}.mlp.up_proj" in text
     assert "model.layers.3.mlp.up_proj" in text
     assert "largest error: model.layers.0.mlp.up_proj, 0.5000" in text
+
+
+def test_the_reasons_for_a_kernel_are_told_or_counted() -> None:
+    few = report_text(make_report((make_site("a", kernel="torch_csr"), make_site("b", reason="same"))), 120)
+    assert " • a: torch_csr won on a" in few
+    assert " • b: same" in few
+    assert "48 more reasons, each of fewer sites: see report.html." in report_text(deep_report(), 120)  # 60 less 12
+    every = make_report((make_site("a", reason="same"), make_site("b", reason="same")))
+    assert " • all 2 sites: same" in report_text(every, 120)
 
 
 def test_few_sites_have_a_row_each() -> None:
