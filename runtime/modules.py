@@ -34,12 +34,16 @@ def sparse_linear(
     Raises:
         KernelError: no kernel has that name.
     """
-    rows = x.reshape(-1, x.shape[-1])
     prepared = Prepared(kernel, (out_features, x.shape[-1]), tuple(tensors))
+    return _product(prepared, x, bias, cast(Activation | None, activation))
+
+
+def _product(prepared: Prepared, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
     # Autocast reaches through an opaque operator into its products, and would run them in a dtype nobody measured.
     with torch.autocast(x.device.type, enabled=False):
-        y = kernel_named(kernel).run(prepared, rows, bias, cast(Activation | None, activation))
-    return y.reshape(*x.shape[:-1], out_features)
+        y = kernel_named(prepared.kernel).run(prepared, rows, bias, activation)
+    return y.reshape(*x.shape[:-1], prepared.shape[0])
 
 
 @sparse_linear.register_fake
@@ -190,7 +194,13 @@ class SparseLinear(nn.Module):
                 f"found {tuple(x.shape)} {x.dtype}; convert x, or the module with .to(dtype)"
             )
         tensors = [cast(Tensor, getattr(self, name)) for name in self._prepared]
-        y: Tensor = sparse_linear(x, tensors, self.bias, self.kernel, self.out_features, None)
+        if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Plain inference needs no operator, and on a CPU its 25 us would be more than many a layer gains.
+            y = _product(
+                Prepared(self.kernel, (self.out_features, self.in_features), tuple(tensors)), x, self.bias, None
+            )
+        else:
+            y = sparse_linear(x, tensors, self.bias, self.kernel, self.out_features, None)
         return y.to(torch.get_autocast_dtype(device_type)) if autocast else y
 
     def extra_repr(self) -> str:

