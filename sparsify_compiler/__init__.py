@@ -1,1 +1,45 @@
-"""Sparsify trained models."""
+"""Sparsify trained models: the most accurate sparse model that really runs faster, measured layer by layer.
+
+from sparsify_compiler import NM, Recipe, SparseGPT, compile, make_rule
+
+recipe = Recipe((make_rule("*", NM(2, 4), SparseGPT()),))
+compiled, report = compile(model, batches, recipe=recipe)
+"""
+
+from sparsify_compiler.api import Heldout, Options, bench, compile, evaluate, export, inspect, load, run
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.export.report import Report, report_from_json
+from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
+from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.pattern import NM, Block, Unstructured, parse_pattern
+from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, parse_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "Block",
+    "Heldout",
+    "Magnitude",
+    "Options",
+    "Recipe",
+    "Report",
+    "Rule",
+    "SparseGPT",
+    "SparsifyError",
+    "Unstructured",
+    "Wanda",
+    "bench",
+    "compile",
+    "evaluate",
+    "export",
+    "format_recipe",
+    "inspect",
+    "load",
+    "make_rule",
+    "parse_pattern",
+    "parse_recipe",
+    "report_from_json",
+    "run",
+]

@@ -35,7 +35,8 @@ class Walk:
     """One front-to-back walk; a `problem.ModelProblem` for the sites that `decisions` prunes.
 
     Iterate over `layers()` and `accept` one solution for every problem before asking for the next segment's first.
-    `tokens` counts the rows each site saw; `starved` names sites that saw none: they are left dense.
+    `tokens` counts the rows each site saw; `starved` names sites that saw none: they are left dense. `finished` holds
+    every pruned site, solved now or restored from the checkpoint.
     With `dense_targets` the dense model is walked alongside and problems carry `Targets`.
     """
 
@@ -47,7 +48,7 @@ class Walk:
     dense_targets: bool = False
     tokens: dict[str, int] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
-    restored: dict[str, SavedSite] = field(default_factory=dict)
+    finished: dict[str, SavedSite] = field(default_factory=dict)
     _pending: dict[str, dict[int, LayerSolution]] = field(default_factory=dict)
     _records: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -219,6 +220,7 @@ class Walk:
             self.graph.set_weight(site, weight)
             records = {name: self._records[name] for name in site.problem_names() if name in self._records}
             saved[site.name] = SavedSite(weight, keep, {"tokens": self.tokens[site.name], "problems": records})
+        self.finished.update(saved)
         if self.checkpoint is not None:
             self.checkpoint.write(index, saved)
 
@@ -226,7 +228,7 @@ class Walk:
         for name, site in saved.items():
             self.graph.set_weight(self._chosen[name][0], site.weight)
             self.tokens[name] = int(site.record["tokens"])
-        self.restored.update(saved)
+        self.finished.update(saved)
 
     def _advance(self, index: int, boundaries: list[Values]) -> None:
         """Replace every batch's boundary by the one after the segment, through the weights as they are now."""

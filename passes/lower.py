@@ -1,0 +1,76 @@
+"""Swap pruned linear layers for sparse modules where a measured verdict says so.
+
+    Given:   %y = linear(%x, weight=%w)          # %w (768, 3072), 90 % of its entries zero
+    Result:  %y = sparse_linear(%x, packed=%w1)  # where a kernel beat dense at the user's token counts
+
+What is measured and what is built are arguments: this pass knows neither kernels nor timers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from sparsify_compiler.graph import MatmulLayout, Site
+
+
+class Verdict(Protocol):
+    """What a tuner says of one weight."""
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that won, "dense" where none beat it."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lowerable:
+    """A pruned site with its weight (out, in), keep mask (out, in) bool and bias (out,), as the module holds them."""
+
+    site: Site
+    weight: Tensor
+    keep: Tensor
+    bias: Tensor | None
+
+
+Measure = Callable[[Lowerable], Verdict]
+Build = Callable[[Lowerable, str], nn.Module]
+
+
+def lowerable(module: nn.Module, site: Site, keep: Tensor) -> Lowerable | str:
+    """Say whether a pruned site may run a sparse kernel in the torch module; else the reason in words.
+
+    `keep` is (groups, out, in) bool. The site's module must be a Linear (or a Hugging Face Conv1D) of its own.
+    """
+    if not isinstance(site.layout, MatmulLayout):
+        return "convolutions run dense in this release: there is no sparse convolution kernel"
+    if site.calls != 1:
+        return f"the weight is used at {site.calls} places"
+    owner = dict(module.named_modules()).get(site.name)
+    if not isinstance(owner, nn.Linear) and type(owner).__name__ != "Conv1D":
+        return "the product is not a Linear module of its own, so there is nothing to swap"
+    weight = owner.weight.detach()  # type: ignore[union-attr]  # both kinds hold a tensor
+    if site.layout.transposed:
+        weight = weight.t()
+    bias = owner.bias  # type: ignore[union-attr]
+    return Lowerable(site, weight, keep[0].to(weight.device), bias if isinstance(bias, Tensor) else None)
+
+
+def lower(module: nn.Module, chosen: Mapping[str, str], parts: Mapping[str, Lowerable], build: Build) -> int:
+    """Swap the sites in `chosen` (name to kernel) in `module`, in place; "dense" ones stay. Returns how many."""
+    swapped = 0
+    for name, kernel in chosen.items():
+        if kernel == "dense":
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        sparse = build(parts[name], kernel)
+        sparse.train(module.training)
+        setattr(module.get_submodule(owner_name), leaf, sparse)
+        swapped += 1
+    return swapped

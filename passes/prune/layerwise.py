@@ -1,0 +1,103 @@
+"""Prune a graph front to back, each site by its own rule, and keep what the report and a resumed run need."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparsify_compiler.calibrate import Walk
+from sparsify_compiler.passes.prune.solve import prune_with
+from sparsify_compiler.problem import LayerProblem, LayerSolution
+
+
+@dataclass(frozen=True)
+class ProblemRecord:
+    """Numbers of one solved problem (one group of a site). Losses are per token, None without a Gram matrix."""
+
+    loss_selected: float | None
+    loss: float | None
+    energy: float | None
+    damp: float | None
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SiteOutcome:
+    """One pruned site: `weight` (groups, out, in) float32 with zeros, `keep` bool likewise, sums over its groups."""
+
+    name: str
+    weight: Tensor
+    keep: Tensor
+    tokens: int
+    loss_selected: float | None
+    loss: float | None
+    relative_error: float | None
+    damp: float | None
+    seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """The share removed that was realised."""
+        return 1 - float(self.keep.sum()) / max(self.keep.numel(), 1)
+
+
+def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
+    """Solve every problem of `walk` by its site's rule and return the outcome of every pruned site, in order.
+
+    Given:   %y = linear(%x, weight=%w)      # %w (768, 3072) dense
+    Result:  %y = linear(%x, weight=%w1)     # %w1 has exact zeros, the graph is otherwise the same
+
+    Raises:
+        CalibrationError, SingularGramError, PatternError: as the methods and statistics do, naming the site.
+    """
+    rules = {
+        name: decision.rule
+        for decision in walk.decisions
+        if decision.rule is not None
+        for name in decision.site.problem_names()
+    }
+    for problem in walk.layers():
+        rule = rules[problem.name]
+        start = time.perf_counter()
+        solution = prune_with(problem, rule.method, rule.refit)
+        record = _record(problem, solution, time.perf_counter() - start)
+        walk.accept(problem.name, solution, asdict(record))
+    return {name: _outcome(name, saved.weight, saved.keep, saved.record) for name, saved in walk.finished.items()}
+
+
+def _record(problem: LayerProblem, solution: LayerSolution, seconds: float) -> ProblemRecord:
+    return ProblemRecord(
+        loss_selected=solution.loss_selected,
+        loss=solution.loss,
+        energy=problem.energy(),
+        damp=solution.stats.get("damp"),
+        seconds=seconds,
+        notes=solution.notes,
+    )
+
+
+def _outcome(name: str, weight: Tensor, keep: Tensor, record: Mapping[str, Any]) -> SiteOutcome:
+    problems: list[Mapping[str, Any]] = list(record["problems"].values())
+    loss, energy = _total(problems, "loss"), _total(problems, "energy")
+    damps = [problem["damp"] for problem in problems if problem["damp"] is not None]
+    return SiteOutcome(
+        name=name,
+        weight=weight,
+        keep=keep,
+        tokens=int(record["tokens"]),
+        loss_selected=_total(problems, "loss_selected"),
+        loss=loss,
+        relative_error=loss / energy if loss is not None and energy else None,
+        damp=max(damps, default=None),
+        seconds=sum(problem["seconds"] for problem in problems),
+        notes=tuple(dict.fromkeys(note for problem in problems for note in problem["notes"])),
+    )
+
+
+def _total(problems: list[Mapping[str, Any]], key: str) -> float | None:
+    values = [problem[key] for problem in problems]
+    return None if any(value is None for value in values) else float(sum(values))

@@ -1,0 +1,295 @@
+"""The public functions: compile, load, inspect, evaluate, export, run, bench.
+
+    compiled, report = sparsify_compiler.compile(model, batches, recipe=recipe)
+
+The model that is given is never changed. Nothing is fetched, and nothing that runs code is read without `trust`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from sparsify_compiler.batches import Batch, to_device
+from sparsify_compiler.compile_onnx import compile_onnx
+from sparsify_compiler.compile_torch import compile_torch
+from sparsify_compiler.data import generate_data
+from sparsify_compiler.errors import DataError, ExportError, SparsifyError
+from sparsify_compiler.export.onnx_model import OnnxSite, WrittenOnnx, write_torch_onnx
+from sparsify_compiler.export.onnx_pack import Flavour
+from sparsify_compiler.export.report import FileReport, Quality, Report
+from sparsify_compiler.export.report_html import report_html
+from sparsify_compiler.export.torch import load_state, read_artefact
+from sparsify_compiler.forwards import forward_of, refuses
+from sparsify_compiler.frontends.onnx import load_onnx
+from sparsify_compiler.frontends.torch import trace_module, trace_program
+from sparsify_compiler.graph import Graph
+from sparsify_compiler.inspection import Inspection, SiteInspection, inspect_graph
+from sparsify_compiler.job import Heldout, Job, device_name, measure
+from sparsify_compiler.models import Source, import_attribute, load_model, module_source, program_source
+from sparsify_compiler.models_describe import rebuild
+from sparsify_compiler.options import Options
+from sparsify_compiler.passes.lower import lower, lowerable
+from sparsify_compiler.passes.prune import METHODS
+from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.progress import Progress, silent
+from sparsify_compiler.recipe import Recipe
+from sparsify_compiler.runtime.bench import BenchRow, compare
+from sparsify_compiler.runtime.ort import run_file
+from sparsify_compiler.tuning import Tuner
+from sparsify_compiler.workspace import Workspace
+
+Model = nn.Module | ExportedProgram | Source | Path | str
+"""A module or program in memory, or a reference as the command line takes it."""
+
+__all__ = ["METHODS", "Heldout", "Inspection", "Options", "SiteInspection", "bench", "compile", "evaluate", "export"]
+__all__ += ["inspect", "load", "open_source", "run"]
+
+
+def compile(
+    model: Model,
+    batches: Iterable[Batch] | None = None,
+    *,
+    recipe: Recipe,
+    options: Options | None = None,
+    heldout: Iterable[Batch] | Heldout | None = None,
+    progress: Progress = silent,
+    trust: bool = False,
+) -> tuple[nn.Module | Path | None, Report]:
+    """Prune `model` by `recipe` on calibration `batches`, export and check it, and say what was done to every layer.
+
+    A torch model comes back as a copy of the user's own module, class and methods intact (a GraphModule for a
+    torch.export program); an ONNX file as the path of the new file, None without `options.output`. Without `batches`
+    only methods that need no statistics run, and outputs are compared on generated inputs, which the report says.
+    `heldout` is what quality is measured on, before and after.
+
+    Raises:
+        SparsifyError: anything the user can act on, in one sentence. `options.output` is then as it was before;
+            finished segments stay beside it for `Options(resume=True)`.
+    """
+    options = options or Options()
+    source = open_source(model, trust)
+    workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
+    given = None if batches is None else list(batches)
+    if given is not None and not given:
+        raise DataError("calibration: no batch was given; give at least one, or None for methods that need no data")
+    made = given if given is not None else _generated(source, options.seed, options.torch_device())
+    held = heldout if isinstance(heldout, Heldout) or heldout is None else Heldout(list(heldout))
+    job = Job(source.reference, recipe, options, made, given is None, held, progress, workspace)
+    if workspace is None:
+        return _compile(job, source)
+    workspace.start()
+    try:
+        result, report = _compile(job, source)
+        report = _write_report(report, workspace)
+        workspace.commit()
+    except BaseException:
+        workspace.abandon()
+        raise
+    return result, report
+
+
+def load(folder: Path | str, into: nn.Module | None = None, trust: bool = False) -> nn.Module:
+    """Load the torch module that `compile` wrote to `folder`, in eval mode, kernels as they were chosen.
+
+    A Hugging Face class is rebuilt from its configuration; any other module from its factory (with `trust`), or give
+    one of the same class as `into`, which is modified. Kernels are used on the device kind they were measured on;
+    elsewhere (`module.to("cuda")` later, say) compile again for verdicts of that device.
+
+    Raises:
+        ModelError: not an artefact, damaged, of a newer version, or not fitting the module.
+        TrustError: the module comes from a factory and `trust` is False.
+    """
+    folder = Path(folder)
+    artefact = read_artefact(folder)
+    module = (
+        into if into is not None else rebuild(artefact.model, folder, lambda ref: import_attribute(ref, trust, "model"))
+    )
+    load_state(module, artefact, str(folder))
+    here = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if artefact.device != device_name(here):
+        return module.eval()
+    parts = {
+        site.site.name: lowerable(module, site.site, site.keep) for site in artefact.sites if site.kernel != "dense"
+    }
+    usable = {name: part for name, part in parts.items() if not isinstance(part, str)}
+    patterns = {site.site.name: parse_pattern(site.pattern) for site in artefact.sites}
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    tuner = Tuner(artefact.tokens, dtype, here)
+    chosen = {site.site.name: site.kernel for site in artefact.sites if site.site.name in usable}
+    lower(module, chosen, usable, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+    return module.eval()
+
+
+def inspect(
+    model: Model,
+    batches: Iterable[Batch] | None = None,
+    *,
+    tokens: tuple[int, ...] = (1, 16, 2048),
+    device: str = "auto",
+    seed: int = 0,
+    trust: bool = False,
+) -> Inspection:
+    """List every site of `model`, prunable or not, with reasons, and estimate what compiling it would take.
+
+    Raises:
+        SparsifyError: the model or the data cannot be read.
+    """
+    source = open_source(model, trust)
+    where = Options(device=device).torch_device()
+    given = list(batches) if batches is not None else list(_generated(source, seed, where))
+    graph, size = _graph(source, given[0], where)
+    return inspect_graph(graph, given, tokens, where, size)
+
+
+def evaluate(
+    model: Model,
+    data: Heldout,
+    against: Model | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+    trust: bool = False,
+) -> tuple[Quality, ...]:
+    """Measure `model`, and `against` beside it: accuracy with labels, perplexity on token ids, else how close they are.
+
+    Raises:
+        SparsifyError: the data does not fit, or nothing can be measured without `against`.
+    """
+    where = Options(device=device).torch_device()
+    dense = None if against is None else forward_of(open_source(against, trust), where)
+    return measure(dense, forward_of(open_source(model, trust), where), data, progress)
+
+
+def export(
+    folder: Path | str,
+    output: Path | str,
+    *,
+    batch: Batch | None = None,
+    flavour: Flavour = "packed",
+    kv_cache: bool = False,
+    into: nn.Module | None = None,
+    trust: bool = False,
+) -> WrittenOnnx:
+    """Write the ONNX file of the artefact in `folder` and check it in ONNX Runtime, on `batch` or generated inputs.
+
+    Raises:
+        ExportError, VerificationError: as `compile`. No file is left behind then.
+    """
+    folder, output = Path(folder), Path(output)
+    artefact = read_artefact(folder)
+    module = (
+        into if into is not None else rebuild(artefact.model, folder, lambda ref: import_attribute(ref, trust, "model"))
+    )
+    load_state(module, artefact, str(folder))
+    source = module_source(module.eval(), str(folder))
+    example = batch if batch is not None else _generated(source, 0, torch.device("cpu"))[0]
+    sites = {site.site.name: OnnxSite(site.keep, parse_pattern(site.pattern), site.kernel) for site in artefact.sites}
+    try:
+        return write_torch_onnx(module, example, output, sites, flavour, kv_cache)
+    except SparsifyError:
+        for written in (output, output.with_name(output.name + ".data")):
+            written.unlink(missing_ok=True)
+        raise
+
+
+def run(path: Path | str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Run an ONNX file once in ONNX Runtime on named arrays and return its outputs by name.
+
+    Raises:
+        DataError, ModelError: inputs that do not fit, or a file that does not load.
+    """
+    return run_file(path, inputs)
+
+
+def bench(
+    models: Sequence[Model],
+    batch: Batch | None = None,
+    *,
+    repeats: int = 20,
+    device: str = "auto",
+    seed: int = 0,
+    trust: bool = False,
+) -> tuple[BenchRow, ...]:
+    """Time one call of each of `models` on `batch` (or generated inputs) against the first, rounds interleaved.
+
+    Raises:
+        SparsifyError: a model cannot be read, or cannot take the batch.
+    """
+    where = Options(device=device).torch_device()
+    sources = [open_source(model, trust) for model in models]
+    example = batch if batch is not None else _generated(sources[0], seed, where)[0]
+    example = to_device(example, where)
+    candidates = []
+    sizes: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        label = source.reference if source.reference not in sizes else f"{source.reference} ({number + 1})"
+        sizes[label] = _size_bytes(source)
+        candidates.append((label, _timed(forward_of(source, where), example)))
+    known = {label: size for label, size in sizes.items() if size}
+    return compare(candidates, repeats=repeats, device=where, size_bytes=known)
+
+
+def open_source(model: Model, trust: bool = False) -> Source:
+    """Read whatever names a model into a `Source`. Raises ModelError, TrustError."""
+    if isinstance(model, Source):
+        return model
+    if isinstance(model, nn.Module):
+        return module_source(model)
+    if isinstance(model, ExportedProgram):
+        return program_source(model)
+    return load_model(str(model), trust=trust, load_artefact=lambda folder: load(folder, trust=trust))
+
+
+def _compile(job: Job, source: Source) -> tuple[nn.Module | Path | None, Report]:
+    if source.kind == "onnx":
+        assert source.path is not None
+        return compile_onnx(job, source.path)
+    model = source.program if source.program is not None else source.module
+    assert model is not None
+    return compile_torch(job, model, source.reference if source.kind == "factory" else "")
+
+
+def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
+    return generate_data(source, seed, refuses(forward_of(source, device))).batches
+
+
+def _timed(forward: Any, example: Batch) -> Any:
+    return lambda: forward(example)
+
+
+def _graph(source: Source, batch: Batch, device: torch.device) -> tuple[Graph, int]:
+    if source.kind == "onnx":
+        assert source.path is not None
+        return load_onnx(source.path), source.path.stat().st_size
+    if source.program is not None:
+        graph = trace_program(source.program, device)
+    else:
+        assert source.module is not None
+        graph = trace_module(source.module, batch, device)
+    return graph, sum(p.numel() * p.element_size() for p in graph.module.parameters())
+
+
+def _size_bytes(source: Source) -> int:
+    if source.path is None:
+        return 0
+    files = [source.path] if source.path.is_file() else source.path.glob("model*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _write_report(report: Report, workspace: Workspace) -> Report:
+    """Write report.json and report.html beside the other files and list them in the report."""
+    import dataclasses
+
+    names = (FileReport("report.json", 0), FileReport("report.html", 0))
+    report = dataclasses.replace(report, files=(*report.files, *names))
+    try:
+        (workspace.files / "report.html").write_text(report_html(report), encoding="utf-8")
+        (workspace.files / "report.json").write_text(report.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot write the report: {error.strerror or error}; free some space") from None
+    return report

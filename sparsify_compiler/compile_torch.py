@@ -1,0 +1,208 @@
+"""Compile a torch module: trace, prune, re-estimate, export, verify, lower. The input module stays as it was."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.compile_report import site_reports
+from sparsify_compiler.errors import KernelError
+from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
+from sparsify_compiler.export.report import FileReport, Report, Verification
+from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
+from sparsify_compiler.frontends.layout import from_problem
+from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
+from sparsify_compiler.graph import Site
+from sparsify_compiler.job import Job, device_name
+from sparsify_compiler.kernel import Packed
+from sparsify_compiler.models_describe import describe
+from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
+from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
+from sparsify_compiler.passes.prune.layerwise import SiteOutcome
+from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.plan import Decision
+from sparsify_compiler.runtime.tune import Verdict
+from sparsify_compiler.tuning import Tuner, words
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The pruned module before lowering, and what was decided and found for its sites."""
+
+    module: nn.Module
+    graph: TorchGraph
+    decisions: Sequence[Decision]
+    outcomes: Mapping[str, SiteOutcome]
+    sites: Mapping[str, PrunedSite]
+
+
+def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) -> tuple[nn.Module, Report]:
+    """Compile `model`; `reference` is how an artefact may find its class again (a factory), or empty.
+
+    Raises:
+        SparsifyError: anything the user can act on; nothing but finished segments is left on disk then.
+    """
+    pruned = _prune(job, model)
+    verdicts, parts, why_dense = _measure(job, pruned)
+    dense = model if isinstance(model, nn.Module) else model.module()
+    device = job.options.torch_device()
+    home = next((p.device for p in dense.parameters()), torch.device("cpu"))
+    quality = job.quality(
+        lambda batch: call(dense, to_device(batch, home)),
+        lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
+    )
+    packed, files, verification, forms = _write(job, pruned, verdicts, reference)
+    chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
+    tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device)
+    patterns = {name: parse_pattern(site.pattern) for name, site in pruned.sites.items()}
+    lower(pruned.module, chosen, parts, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+    sites = site_reports(pruned.decisions, pruned.outcomes, verdicts, why_dense, packed, forms, job.options)
+    return pruned.module, job.report(sites, quality, files, verification)
+
+
+def _prune(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
+    device = job.options.torch_device()
+    with job.stage("trace"):
+        job.progress("trace", 0, 1)
+        if isinstance(model, nn.Module):
+            graph = trace_module(model, job.batches[0], device)
+        else:
+            graph = trace_program(model, device)
+        job.progress("trace", 1, 1)
+    if graph.traced.how != "torch.export":
+        job.notes.append(f"traced by {graph.traced.how}")
+    decisions, outcomes = job.prune(graph)
+    module = _copy(model, graph, outcomes)
+    _reestimate(job, module)
+    module.to(job.options.torch_dtype())
+    by_name = {site.name: site for site in graph.sites}
+    rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
+    sites = {
+        name: PrunedSite(by_name[name], str(rules[name].pattern), outcome.keep, graph.aliases(by_name[name]))
+        for name, outcome in outcomes.items()
+    }
+    return Pruned(module, graph, decisions, outcomes, sites)
+
+
+def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mapping[str, SiteOutcome]) -> nn.Module:
+    """Copy the user's module with the pruned weights in it; the dense ones are not copied."""
+    if isinstance(model, ExportedProgram):
+        return graph.module
+    named = dict(model.named_parameters(remove_duplicate=False))
+    by_name = {site.name: site for site in graph.sites}
+    memo: dict[int, object] = {}
+    for name, outcome in outcomes.items():
+        site = by_name[name]
+        new: nn.Parameter | None = None
+        for parameter in graph.aliases(site):
+            old = named[parameter]
+            new = new or nn.Parameter(_native(site, outcome.weight).to(old), requires_grad=old.requires_grad)
+            memo[id(old)] = new
+    copied = copy.deepcopy(model, memo)
+    return copied.eval()
+
+
+def _native(site: Site, weight: Tensor) -> Tensor:
+    assert site.layout is not None
+    return from_problem(weight, site.layout, site.shape)
+
+
+def _reestimate(job: Job, module: nn.Module) -> None:
+    if not job.options.recalibrate_batchnorm or job.generated:
+        return
+    with job.stage("re-estimate BatchNorm"):
+        layers = reestimate_batchnorm(module, job.batches, job.progress)
+    if layers:
+        job.notes.append(f"the statistics of {layers} BatchNorm layers were re-estimated on the calibration data")
+
+
+def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lowerable], dict[str, str]]:
+    """Tune every site that could run sparse; the rest with the reason why not."""
+    device = job.options.torch_device()
+    tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device, job.progress)
+    verdicts: dict[str, Verdict] = {}
+    parts: dict[str, Lowerable] = {}
+    why_dense: dict[str, str] = {}
+    with job.stage("tune"):
+        for number, (name, site) in enumerate(pruned.sites.items()):
+            job.progress("tune", number, len(pruned.sites))
+            part = lowerable(pruned.module, site.site, site.keep)
+            if isinstance(part, str):
+                why_dense[name] = part
+                continue
+            parts[name] = part
+            verdicts[name] = tuner.verdict(part, parse_pattern(site.pattern))
+        job.progress("tune", len(pruned.sites), len(pruned.sites))
+    dense = [name for name, verdict in verdicts.items() if verdict.kernel == "dense"] + list(why_dense)
+    if job.options.require_sparse and dense:
+        first = why_dense.get(dense[0]) or verdicts[dense[0]].reason
+        raise KernelError(
+            f"--require-sparse: {len(dense)} of {len(pruned.sites)} pruned sites would run dense on "
+            f"{device_name(device)}; {dense[0]}: {first}"
+        )
+    if verdicts:
+        job.notes.append(words(verdicts))
+    return verdicts, parts, why_dense
+
+
+def _write(
+    job: Job, pruned: Pruned, verdicts: Mapping[str, Verdict], reference: str
+) -> tuple[Mapping[str, Packed], list[FileReport], Verification | None, Mapping[str, str]]:
+    """Write the artefact and the ONNX file, and run the latter."""
+    if job.workspace is None:
+        return {}, [], None, {}
+    folder = job.workspace.files
+    kernels = {name: verdict.kernel for name, verdict in verdicts.items()}
+    sites = tuple(
+        PrunedSite(site.site, site.pattern, site.keep, site.parameters, kernels.get(name, "dense"))
+        for name, site in pruned.sites.items()
+    )
+    state = pruned.module.state_dict()
+    with job.stage("write"):
+        description, notes = describe(pruned.module, reference)
+        job.notes.extend(notes)
+        device = device_name(job.options.torch_device())
+        packed = write_artefact(folder, state, sites, description, device, job.options.tokens)
+    dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _distinct(state))
+    files = [
+        FileReport(WEIGHTS, (folder / WEIGHTS).stat().st_size, dense_bytes),
+        FileReport(DESCRIPTION, (folder / DESCRIPTION).stat().st_size),
+    ]
+    if not job.options.onnx:
+        return packed, files, None, {}
+    onnx_sites = {site.site.name: OnnxSite(site.keep, parse_pattern(site.pattern), site.kernel) for site in sites}
+    with job.stage("export ONNX"):
+        job.progress("export ONNX", 0, 1)
+        written = write_torch_onnx(
+            pruned.module,
+            _cast(job.batches[0], job),
+            folder / "model.onnx",
+            onnx_sites,
+            flavour=job.options.onnx_flavour,
+            kv_cache=job.options.kv_cache,
+        )
+        job.progress("export ONNX", 1, 1)
+    job.notes.extend(written.notes)
+    return packed, [*files, *written.files], written.verification, written.forms
+
+
+def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
+    return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in state.values()}.values())
+
+
+def _cast(batch: Batch, job: Job) -> Batch:
+    """Bring floating inputs into the compiled model's dtype."""
+    dtype = job.options.torch_dtype()
+
+    def one(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    if isinstance(batch, Tensor):
+        return one(batch)
+    if isinstance(batch, dict):
+        return {name: one(tensor) for name, tensor in batch.items()}
+    return tuple(one(tensor) for tensor in batch)

@@ -1,0 +1,222 @@
+"""The torch artefact: `model.safetensors` with packed weights, and `sparsify.json` that says how to rebuild the module.
+
+Only data is written and read: no pickle. A module whose class cannot be found again from its description is rebuilt
+into one the user gives.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparsify_compiler.checkpoint import durable_write
+from sparsify_compiler.errors import ExportError, ModelError
+from sparsify_compiler.frontends.layout import from_problem, to_problem
+from sparsify_compiler.graph import ConvLayout, Layout, MatmulLayout, Site
+from sparsify_compiler.kernel import Packed
+from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.runtime.formats import format_for, kept_entries, unpack
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "sparsify.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrunedSite:
+    """A pruned site as the artefact keeps it. `keep` is (groups, out, in) bool; `kernel` what the module runs."""
+
+    site: Site
+    pattern: str
+    keep: Tensor
+    parameters: tuple[str, ...]
+    kernel: str = "dense"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What `read_artefact` found: the state dict with dense weights, the masks, and how to rebuild the module."""
+
+    model: Mapping[str, Any]
+    state: dict[str, Tensor]
+    sites: tuple[PrunedSite, ...]
+    packed: Mapping[str, Packed]
+    device: str
+    tokens: tuple[int, ...]
+
+
+def write_artefact(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    sites: tuple[PrunedSite, ...],
+    model: Mapping[str, Any],
+    device: str,
+    tokens: tuple[int, ...],
+) -> dict[str, Packed]:
+    """Write the artefact into `folder` and return every site's packed weight by site name.
+
+    `state` is the dense module's state dict, zeros in place; `model` is its description (`export.describe`);
+    `device` names where the kernels were measured.
+
+    Raises:
+        ExportError: the disk is full or the folder cannot be written.
+    """
+    packed = {site.site.name: pack_site(state, site) for site in sites}
+    pruned = {name: site.site.name for site in sites for name in site.parameters}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, tensor in state.items():
+        if name in pruned:
+            continue
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in places:
+            aliases[name] = places[place]
+            continue
+        places[place] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    for site in sites:
+        for key, tensor in packed[site.site.name].tensors.items():
+            tensors[f"{site.parameters[0]}::{key}"] = tensor.cpu().contiguous()
+    description = {
+        "format": "sparsify-compiler",
+        "version": VERSION,
+        "model": dict(model),
+        "device": device,
+        "tokens": list(tokens),
+        "aliases": aliases,
+        "sites": {site.site.name: _describe_site(site, packed[site.site.name]) for site in sites},
+    }
+    try:
+        save_file(tensors, folder / WEIGHTS, {"format": "sparsify-compiler"})
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"cannot write {folder / WEIGHTS}: {error}; free some space or choose another disk") from None
+    durable_write(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
+    return packed
+
+
+def read_artefact(folder: Path) -> Artefact:
+    """Read an artefact of this version or an older one.
+
+    Raises:
+        ModelError: not an artefact, a newer version, truncated, or weights and description that do not agree.
+    """
+    try:
+        table = json.loads((folder / DESCRIPTION).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no {Path(str(error.filename)).name}; give a folder that compile wrote") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the artefact is damaged ({error}); compile it again") from None
+    if table.get("format") != "sparsify-compiler" or not isinstance(table.get("version"), int):
+        raise ModelError(f"{folder / DESCRIPTION}: not a description that compile wrote")
+    if table["version"] > VERSION:
+        raise ModelError(f"{folder}: written as version {table['version']}; this release reads up to {VERSION}")
+    sites, packed = [], {}
+    for name, entry in table["sites"].items():
+        site, weight = _read_site(folder, name, entry, tensors)
+        sites.append(site)
+        packed[name] = weight
+        native = from_problem(_stacked(unpack(weight), site.site), _layout(site.site), site.site.shape)
+        for parameter in site.parameters:
+            tensors[parameter] = native
+    for alias, name in table["aliases"].items():
+        tensors[alias] = tensors[name]
+    state = {name: tensor for name, tensor in tensors.items() if "::" not in name}
+    return Artefact(table["model"], state, tuple(sites), packed, table["device"], tuple(table["tokens"]))
+
+
+def load_state(module: nn.Module, artefact: Artefact, where: str) -> None:
+    """Put the artefact's dense state into `module`, in place, in the artefact's dtypes. Raises ModelError."""
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(artefact.state)), sorted(set(artefact.state) - set(own))
+    wrong = [n for n, t in own.items() if n in artefact.state and t.shape != artefact.state[n].shape]
+    if missing or unknown or wrong:
+        problem = f"missing {missing[0]!r}" if missing else f"unknown {unknown[0]!r}" if unknown else f"{wrong[0]!r}"
+        raise ModelError(f"{where}: the weights do not fit {type(module).__name__} ({problem}); give the same class")
+    module.load_state_dict(artefact.state, assign=True)
+
+
+def pack_site(state: Mapping[str, Tensor], site: PrunedSite) -> Packed:
+    """Pack one pruned site's weight from the module's state dict."""
+    weight = to_problem(state[site.parameters[0]].detach(), _layout(site.site))
+    rows = weight.reshape(-1, site.site.in_).contiguous()
+    keep = site.keep.reshape(-1, site.site.in_).to(rows.device)
+    pattern = parse_pattern(site.pattern)
+    return format_for(pattern).pack(rows, keep, pattern, site.site.run)
+
+
+def _stacked(weight: Tensor, site: Site) -> Tensor:
+    return weight.reshape(site.groups, site.out, site.in_)
+
+
+def _layout(site: Site) -> Layout:
+    if site.layout is None:
+        raise ExportError(f"site {site.name!r} has no matrix layout")
+    return site.layout
+
+
+def _describe_site(site: PrunedSite, packed: Packed) -> dict[str, Any]:
+    layout = _layout(site.site)
+    table: dict[str, Any] = {
+        "kind": site.site.kind,
+        "parameters": list(site.parameters),
+        "shape": list(site.site.shape),
+        "pattern": site.pattern,
+        "packed": packed.layout,
+        "tensors": sorted(packed.tensors),
+        "run": site.site.run,
+        "groups": site.site.groups,
+        "kernel": site.kernel,
+        "calls": site.site.calls,
+    }
+    if isinstance(layout, MatmulLayout):
+        return table | {"transposed": layout.transposed, "input_axis": layout.input_axis}
+    return table | {
+        "kernel_size": list(layout.kernel),
+        "stride": list(layout.stride),
+        "padding": [list(pair) for pair in layout.padding],
+        "dilation": list(layout.dilation),
+    }
+
+
+def _read_site(
+    folder: Path, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[PrunedSite, Packed]:
+    layout: Layout
+    shape = tuple(entry["shape"])
+    if "transposed" in entry:
+        layout = MatmulLayout(entry["transposed"], entry["input_axis"])
+        out, in_ = (shape[1], shape[0]) if layout.transposed else (shape[0], shape[1])
+    else:
+        padding = tuple((begin, end) for begin, end in entry["padding"])
+        kernel = tuple(entry["kernel_size"])
+        layout = ConvLayout(kernel, tuple(entry["stride"]), padding, tuple(entry["dilation"]), entry["groups"])
+        out, in_ = shape[0] // entry["groups"], torch.Size(kernel).numel() * shape[1]
+    site = Site(
+        name=name,
+        kind=entry["kind"],
+        parameter=entry["parameters"][0],
+        shape=shape,
+        out=out,
+        in_=in_,
+        groups=entry["groups"],
+        run=entry["run"],
+        layout=layout,
+        reads="",
+        segment=0,
+        calls=entry["calls"],
+    )
+    try:
+        parts = {key: tensors[f"{site.parameter}::{key}"] for key in entry["tensors"]}
+    except KeyError as error:
+        raise ModelError(f"{folder}: site {name!r} lacks its tensor {error}; compile it again") from None
+    packed = Packed(entry["packed"], parse_pattern(entry["pattern"]), (out * site.groups, in_), parts)
+    keep = kept_entries(packed)[0].reshape(site.groups, out, in_)
+    return PrunedSite(site, entry["pattern"], keep, tuple(entry["parameters"]), entry["kernel"]), packed

@@ -1,0 +1,128 @@
+"""Look at a model before compiling it: every site with what it could take and why not, and what compile would cost."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.batches import Batch
+from sparsify_compiler.calibrate import Walk
+from sparsify_compiler.frontends.layout import row_chunks
+from sparsify_compiler.graph import Graph, MatmulLayout, Site
+from sparsify_compiler.kernel import MatmulSpec
+from sparsify_compiler.passes.prune import METHODS
+from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.plan import Decision
+from sparsify_compiler.recipe import make_rule
+from sparsify_compiler.runtime.kernels import capability, kernels
+
+PATTERNS: tuple[Pattern, ...] = (Unstructured(), NM(2, 4), NM(4, 8), NM(16, 32), Block(16, 16), Block(64, 64))
+"""The patterns that `inspect` tries on every site; a recipe may ask for any other."""
+
+REFIT_PRODUCTS = 70
+"""Products of a weight with its Gram matrix that selecting and re-solving cost together, on real Grams (about)."""
+
+
+@dataclass(frozen=True)
+class SiteInspection:
+    """One site: rows its input would give over all batches, and per pattern and kernel None or the reason against."""
+
+    site: Site
+    tokens: int
+    patterns: Mapping[str, str | None]
+    kernels: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All sites in execution order, and estimates for SparseGPT with re-solve on every site that allows it."""
+
+    rows: tuple[SiteInspection, ...]
+    memory_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def inspect_graph(
+    graph: Graph, batches: Sequence[Batch], tokens: tuple[int, ...], device: torch.device, model_bytes: int
+) -> Inspection:
+    """Run the first batch through `graph`, count what every site reads, and estimate the cost of compiling.
+
+    `model_bytes` is the size of the weights; compile holds them twice, the user's and the pruned ones.
+    """
+    counts, seconds = _count(graph, batches[0])
+    rows = tuple(
+        SiteInspection(
+            site,
+            counts.get(site.reads, 0) * len(batches),
+            {str(pattern): site.refusal or pattern.misfit(site.out, site.in_, site.run) for pattern in PATTERNS},
+            _kernels(site, tokens, device),
+        )
+        for site in graph.sites
+    )
+    rule = make_rule("*", Unstructured(), METHODS["sparsegpt"](), 0.5)
+    chosen = [site for site in graph.sites if site.refusal is None and site.dense_by_default is None]
+    walk = Walk(graph, batches, [Decision(site, rule) for site in chosen])
+    estimate = walk.estimate()
+    memory = 2 * model_bytes + estimate.statistics_bytes + estimate.boundary_bytes
+    work = sum(2.0 * site.groups * site.out * site.in_**2 * REFIT_PRODUCTS for site in chosen)
+    gathering = sum(2.0 * site.in_**2 * counts.get(site.reads, 0) * len(batches) for site in chosen)
+    rate = _rate(device)
+    notes = (
+        f"{len(chosen)} of {len(graph.sites)} sites would be pruned by a rule for every site",
+        f"statistics of the largest segment {estimate.statistics_bytes / 2**20:.0f} MiB, values between segments "
+        f"{estimate.boundary_bytes / 2**20:.0f} MiB for {len(batches)} batches",
+        "the time is for SparseGPT with re-solve at the speed measured now; exporting and tuning come on top",
+    )
+    return Inspection(rows, memory, 2 * seconds * len(batches) + (work + gathering) / rate, notes)
+
+
+def _count(graph: Graph, batch: Batch) -> tuple[dict[str, int], float]:
+    """Run one batch: rows per `Site.reads`, and the seconds it took."""
+    layouts = {site.reads: site.layout for site in graph.sites if site.layout is not None and site.refusal is None}
+    counts: dict[str, int] = {}
+
+    def observe(key: str, x: Tensor) -> None:
+        layout = layouts.get(key)
+        if layout is not None:
+            counts[key] = counts.get(key, 0) + sum(chunk.shape[1] for chunk in row_chunks(x, layout))
+
+    with torch.no_grad():
+        values = graph.enter(batch)
+        start = time.perf_counter()
+        for segment in graph.segments:
+            values = graph.run_segment(segment.index, values, observe)
+    return counts, time.perf_counter() - start
+
+
+def _kernels(site: Site, tokens: tuple[int, ...], device: torch.device) -> dict[str, str | None]:
+    """Ask every kernel whether it would take the site at half its weights in float32."""
+    if site.refusal is not None:
+        return {kernel.name: None if kernel.name == "dense" else site.refusal for kernel in kernels()}
+    if not isinstance(site.layout, MatmulLayout):
+        conv = "there is no sparse convolution kernel in this release"
+        return {kernel.name: None if kernel.name == "dense" else conv for kernel in kernels()}
+    spec = MatmulSpec(
+        out=site.out,
+        in_=site.in_,
+        dtype=torch.float32,
+        pattern=NM(2, 4),
+        density=0.5,
+        tokens=tokens,
+        device=device,
+        capability=capability(device),
+    )
+    return {kernel.name: kernel.rejects(spec) for kernel in kernels()}
+
+
+def _rate(device: torch.device) -> float:
+    """Measure a matrix product: floating-point operations per second."""
+    a = torch.rand(512, 512, dtype=torch.float64, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best

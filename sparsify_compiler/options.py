@@ -1,0 +1,57 @@
+"""What a user may choose about a compile run, beside the recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sparsify_compiler.errors import DataError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of one compile run.
+
+    `output` is the folder to write, None for nothing on disk. `dtype` is the compiled model's (pruning itself runs on
+    the model as given). `device` is "auto", "cpu", "cuda" or "cuda:N": where calibration runs and kernels are
+    measured. `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs.
+    `require_sparse` turns every pruned site that stays on a dense kernel into an error.
+    """
+
+    output: Path | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    tokens: tuple[int, ...] = (1, 16, 2048)
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    require_sparse: bool = False
+    onnx: bool = True
+    onnx_flavour: Literal["packed", "dense", "trt"] = "packed"
+    kv_cache: bool = False
+    recalibrate_batchnorm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if not self.tokens or min(self.tokens) < 1:
+            raise DataError(f"tokens {self.tokens}: give at least one count, each at least 1")
+
+    def torch_dtype(self) -> torch.dtype:
+        """Return the compiled model's dtype."""
+        return DTYPES[self.dtype]
+
+    def torch_device(self) -> torch.device:
+        """Return the device; "auto" is the current CUDA device where there is one. Raises DataError."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise DataError(f"device {self.device!r}: choose auto, cpu, cuda or cuda:N") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise DataError(f"device {self.device!r}: torch finds no CUDA device here; use --device cpu")
+        return device

@@ -1,0 +1,63 @@
+"""Measure kernels for pruned sites: equal weights are measured once, and every site gets its own verdict in words."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sparsify_compiler.export.report import Timing
+from sparsify_compiler.kernel import Packed
+from sparsify_compiler.passes.lower import Lowerable
+from sparsify_compiler.pattern import Pattern
+from sparsify_compiler.progress import Progress, silent
+from sparsify_compiler.runtime.formats import format_for
+from sparsify_compiler.runtime.kernels import kernels, spec_for
+from sparsify_compiler.runtime.modules import SparseLinear
+from sparsify_compiler.runtime.tune import Verdict, spec_key, tune
+
+
+@dataclass
+class Tuner:
+    """Tune at `tokens` rows in `dtype` on `device`; verdicts are remembered by what decides them."""
+
+    tokens: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    progress: Progress = silent
+    _known: dict[Hashable, Verdict] = field(default_factory=dict)
+
+    def verdict(self, part: Lowerable, pattern: Pattern) -> Verdict:
+        """Return the verdict for one pruned weight, measured now or known from an equal one."""
+        packed = self.pack(part, pattern)
+        spec = spec_for(packed, self.tokens, self.device)
+        bias = None if part.bias is None else part.bias.detach().to(self.device, self.dtype)
+        key = spec_key(spec, bias is not None)
+        if key not in self._known:
+            self._known[key] = tune(packed, spec, kernels(), bias)
+        return self._known[key]
+
+    def pack(self, part: Lowerable, pattern: Pattern) -> Packed:
+        """Pack the weight in the dtype and on the device it is measured in."""
+        weight = part.weight.to(self.device, self.dtype)
+        return format_for(pattern).pack(weight, part.keep.to(self.device), pattern, part.site.run)
+
+    def build(self, part: Lowerable, pattern: Pattern, kernel: str) -> nn.Module:
+        """Make the module that runs the weight on `kernel`, on the device the weight is on."""
+        weight = part.weight.to(self.dtype)
+        packed = format_for(pattern).pack(weight, part.keep, pattern, part.site.run)
+        return SparseLinear(packed, part.bias, kernel, self.tokens)
+
+
+def timings(verdict: Verdict) -> tuple[Timing, ...]:
+    """Bring a tuner's timings into the report's form."""
+    return tuple(Timing(**vars(timing)) for timing in verdict.timings)
+
+
+def words(verdicts: Mapping[str, Verdict]) -> str:
+    """Sum up what the tuner found, for `require_sparse` and the report's notes."""
+    dense = sorted(name for name, verdict in verdicts.items() if verdict.kernel == "dense")
+    if not dense:
+        return f"all {len(verdicts)} measured sites run a sparse kernel"
+    first = verdicts[dense[0]]
+    return f"{len(dense)} of {len(verdicts)} measured sites stay dense; {dense[0]}: {first.reason}"
