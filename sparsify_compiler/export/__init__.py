@@ -1,1 +1,1 @@
-"""export."""
+"""What compile writes: the torch artefact, the ONNX file, the report."""

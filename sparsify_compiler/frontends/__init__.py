@@ -1,1 +1,1 @@
-"""frontends."""
+"""From a model to a graph: torch modules and ONNX files."""

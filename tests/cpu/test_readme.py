@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
+import typer
 from listing import START, STOP, first_line, listing, with_listing
 from size import source_files
+from typer.core import TyperGroup
+
+from sparsify_compiler.cli import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,3 +37,24 @@ def test_every_make_target_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", readme(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def commands() -> dict[str, set[str]]:
+    """Return every verb of the command line with its options."""
+    program = typer.main.get_command(build_app())
+    assert isinstance(program, TyperGroup)
+    return {name: {flag for option in verb.params for flag in option.opts} for name, verb in program.commands.items()}
+
+
+def test_every_command_in_the_readme_exists_with_its_options() -> None:
+    known = commands()
+    lines = [line.split() for line in readme().splitlines() if line.startswith("sparsify-compiler ")]
+    assert {line[1] for line in lines} | {"demo"} == set(known)
+    for _, verb, *words in lines:
+        assert {word for word in words if word.startswith("-")} <= known[verb], verb
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    own = {"--index-url", "--no-deps", "--help"}  # pip's, and every verb's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme())) - own
+    assert named <= {flag for flags in commands().values() for flag in flags}
