@@ -36,8 +36,8 @@ def token_counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(entry) for entry in entries))
 
 
-Model = Annotated[str, typer.Argument(help=MODEL, show_default=False)]
-Artefact = Annotated[Path, typer.Argument(help="A folder that `compile` wrote.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+Artefact = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `compile` wrote.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)]
 Calibration = Annotated[str | None, typer.Option(help=f"Calibration data: {DATA}.", show_default=False)]
 Heldout = Annotated[
@@ -66,22 +66,29 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Tokens = Annotated[
     str, typer.Option(callback=parse_tokens, help="Token counts (rows of x) that kernels are measured at.")
 ]
-Windows = Annotated[int, typer.Option(min=1, help="How many samples or windows of text to use.")]
+Windows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Samples, or windows of text, to use.", show_default="text: 128, else all"),
+]
 Length = Annotated[
     int | None,
     typer.Option("--sequence-length", min=2, help="Tokens a window.", show_default="the model's, at most 1024"),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples that run at once.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Samples that run at once.", show_default="what suits the data")
+]
 Preprocess = Annotated[
-    str | None, typer.Option(help="How to prepare images: size, mean, std and channel order.", show_default=False)
+    str | None,
+    typer.Option(
+        help="How to prepare images: 'size=224 mean=0.485,0.456,0.406 std=0.229,0.224,0.225 channels=rgb'.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Decides which windows are drawn and all else that is random.")]
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output.")]
-RequireSparse = Annotated[
-    bool, typer.Option("--require-sparse", help="Fail if a site cannot be pruned, or stays dense unasked.")
-]
+RequireSparse = Annotated[bool, typer.Option("--require-sparse", help="Fail if a pruned site stays on a dense kernel.")]
 FlavourOption = Annotated[
     Flavour,
     typer.Option(

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sparsify_compiler.export.report import Report, SiteReport
+from sparsify_compiler.export.report import Report, SiteReport, Verification
 from sparsify_compiler.export.report_rows import (
     Row,
     best_timings,
@@ -94,7 +94,7 @@ def _facts(report: Report) -> Iterable[tuple[str, Sequence[Text]]]:
     if report.files:
         yield "files", [_plain(_file(file.name, file.size_bytes, file.dense_bytes)) for file in report.files]
     if report.verification is not None:
-        yield "checked", [_verification(report)]
+        yield "checked", [_verification(report.verification)]
     if report.environment:
         yield "on", [_plain(", ".join(f"{key} {value}" for key, value in report.environment.items()))]
     if report.command:
@@ -115,19 +115,23 @@ def _file(name: str, size_bytes: int, dense_bytes: int | None) -> str:
     return f"{name}  {size(dense_bytes)} dense → {size(size_bytes)}, {size_bytes / dense_bytes:.2f}x"
 
 
-def _verification(report: Report) -> Text:
-    checked = report.verification
-    assert checked is not None
+def verification_words(checked: Verification) -> str:
+    """Say how the exported file did in ONNX Runtime: "passed in ...", "FAILED in ..." or "not run: ..."."""
     if not checked.ran or checked.difference is None:
-        return Text(printable(f"not run: {checked.reason}"), style="yellow")
-    passed = checked.difference <= checked.tolerance
-    return Text.assemble(
-        ("passed" if passed else "FAILED", "bold green" if passed else "bold red"),
-        printable(
-            f" in {checked.provider}: largest difference {checked.difference:.2g} of the largest output, "
-            f"allowed {checked.tolerance:.2g}{f' ({checked.reason})' if checked.reason else ''}"
-        ),
+        return f"not run: {checked.reason}"
+    return (
+        f"{'passed' if checked.difference <= checked.tolerance else 'FAILED'} in {checked.provider}: largest "
+        f"difference {checked.difference:.2g} of the largest output, allowed {checked.tolerance:.2g}"
+        f"{f' ({checked.reason})' if checked.reason else ''}"
     )
+
+
+def _verification(checked: Verification) -> Text:
+    words = _plain(verification_words(checked))
+    styles = {"passed": "bold green", "FAILED": "bold red", "not": "bold yellow"}
+    first = words.plain.partition(" ")[0]
+    words.stylize(styles[first], 0, len(first))
+    return words
 
 
 def _pruned(report: Report, width: int) -> Iterable[RenderableType]:

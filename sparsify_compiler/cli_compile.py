@@ -1,0 +1,129 @@
+"""The verbs that write: compile, demo, export; and report, which shows again what compile found."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sparsify_compiler import cli_options as opt
+from sparsify_compiler.cli_guard import guard
+from sparsify_compiler.cli_jobs import compile_model, demo_request, export_artefact, read_report
+from sparsify_compiler.cli_progress import draw_progress
+from sparsify_compiler.cli_requests import CompileRequest, DataChoice, ExportRequest, RecipeChoice, check_output
+from sparsify_compiler.export.report import Report
+from sparsify_compiler.export.report_rows import printable, size
+from sparsify_compiler.export.report_text import render_report, verification_words
+from sparsify_compiler.options import Options
+from sparsify_compiler.workspace import Workspace
+
+RESUME = "finished segments are kept: give the same command with --resume to go on"
+
+
+def compile_verb(
+    model: opt.Model,
+    output: opt.Output,
+    calibration: opt.Calibration = None,
+    heldout: opt.Heldout = None,
+    recipe: opt.RecipeFile = None,
+    method: opt.Method = None,
+    pattern: opt.PatternText = None,
+    sparsity: opt.Sparsity = None,
+    keep_dense: opt.KeepDense = None,
+    no_refit: opt.NoRefit = False,
+    dtype: opt.DtypeOption = "float32",
+    device: opt.Device = "auto",
+    tokens: opt.Tokens = "1,16,2048",
+    windows: opt.Windows = None,
+    sequence_length: opt.Length = None,
+    batch_size: opt.BatchSize = None,
+    preprocess: opt.Preprocess = None,
+    seed: opt.Seed = 0,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    require_sparse: opt.RequireSparse = False,
+    onnx_flavour: opt.FlavourOption = "packed",
+    kv_cache: opt.KvCache = False,
+    no_onnx: opt.NoOnnx = False,
+    trust: opt.Trust = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Prune MODEL, check it, and write OUT/: model.onnx, model.safetensors, report.html and report.json."""
+    with guard(debug, RESUME):
+        Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
+        chosen = RecipeChoice(recipe, method, pattern, sparsity, tuple(keep_dense or ()), refit=not no_refit).recipe()
+        options = Options(
+            output=output,
+            dtype=dtype,
+            device=device,
+            tokens=opt.token_counts(tokens),
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            require_sparse=require_sparse,
+            onnx=not no_onnx,
+            onnx_flavour=onnx_flavour,
+            kv_cache=kv_cache,
+        )
+        choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
+        request = CompileRequest(model, chosen, options, calibration, heldout, choice, trust)
+        with draw_progress(Console(stderr=True)) as progress:
+            report = compile_model(request, progress)
+        _show(report, output)
+
+
+def demo_verb(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("demo-out"),
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to use.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Prune SmolLM2-135M to 2:4 with SparseGPT on text that comes along, export it, check it, show the report."""
+    with guard(debug, RESUME):
+        request = demo_request(output, windows, sequence_length, resume, overwrite)
+        Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
+        with draw_progress(Console(stderr=True)) as progress:
+            report = compile_model(request, progress)
+        _show(report, output)
+
+
+def export_verb(
+    artefact: opt.Artefact,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The ONNX file.", show_default="model.onnx in the folder")
+    ] = None,
+    onnx_flavour: opt.FlavourOption = "packed",
+    kv_cache: opt.KvCache = False,
+    overwrite: opt.Overwrite = False,
+    trust: opt.Trust = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write the ONNX file of a folder that `compile` wrote, and check it in ONNX Runtime."""
+    with guard(debug):
+        target = output or artefact / "model.onnx"
+        check_output(target, overwrite)
+        written = export_artefact(ExportRequest(artefact, target, onnx_flavour, kv_cache, trust))
+        for file in written.files:
+            _say(f"written: {target.with_name(file.name)}, {size(file.size_bytes)}")
+        for note in (verification_words(written.verification), *written.notes):
+            _say(note)
+
+
+def report_verb(artefact: opt.Artefact, debug: opt.Debug = False) -> None:
+    """Show the report of a folder that `compile` wrote."""
+    with guard(debug):
+        console = Console(highlight=False)
+        console.print(render_report(read_report(artefact), console.width))
+
+
+def _show(report: Report, output: Path) -> None:
+    console = Console(highlight=False)
+    console.print(render_report(report, console.width))
+    _say(f"\nwritten to {output}: {', '.join(file.name for file in report.files)}")
+
+
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(Text(printable(text)))

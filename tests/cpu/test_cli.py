@@ -1,0 +1,387 @@
+"""The command line: what it accepts, what it says when it fails, and its exit status. Models are not touched here."""
+
+import os
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sparsify_compiler import cli_compile, cli_guard, cli_measure
+from sparsify_compiler.cli import VERBS, build_app
+from sparsify_compiler.cli_guard import guard, sentence
+from sparsify_compiler.cli_options import token_counts
+from sparsify_compiler.cli_progress import _Lines, draw_progress
+from sparsify_compiler.cli_requests import (
+    BenchRequest,
+    CompileRequest,
+    ExportRequest,
+    RecipeChoice,
+    check_output,
+)
+from sparsify_compiler.cli_tables import draw_bench, draw_evaluation
+from sparsify_compiler.errors import DataError, ExportError, PatternError, RecipeError
+from sparsify_compiler.export.onnx_model import WrittenOnnx
+from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
+from sparsify_compiler.pattern import NM, Unstructured
+from sparsify_compiler.progress import Progress
+from sparsify_compiler.recipe import format_recipe
+from sparsify_compiler.runtime.bench import BenchRow, rows_from_json
+
+NAMES = [verb[0] for verb in VERBS]
+REPORT = Report(
+    model="tiny",
+    command="",
+    created="",
+    environment={},
+    recipe="",
+    sites=(SiteReport("fc", "Linear", (4, 4), 1, "pruned", pattern="2:4", method="sparsegpt", sparsity=0.5),),
+    files=(FileReport("model.onnx", 10),),
+)
+ROWS = (
+    BenchRow("dense.onnx", 2.0, 0.01, 1.0, 0.0, "equal", 20, 100, 2048),
+    BenchRow("sparse.onnx", 1.0, 0.02, 2.0, 0.03, "faster", 20, None, 1024),
+)
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    """Run the program in this process: its status, what it said on stdout, and on stderr."""
+    result = CliRunner().invoke(build_app(), list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompileRequest]:
+    """Collect the requests that `compile` makes instead of carrying them out."""
+    requests: list[CompileRequest] = []
+
+    def take(request: CompileRequest, progress: Progress) -> Report:
+        requests.append(request)
+        return REPORT
+
+    monkeypatch.setattr(cli_compile, "compile_model", take)
+    return requests
+
+
+@pytest.mark.parametrize("verb", NAMES)
+def test_the_help_of_every_verb_has_an_example(verb: str) -> None:
+    status, said, _ = invoke(verb, "--help")
+    assert status == 0
+    assert "Example" in said
+    assert f"sparsify-compiler {verb}" in said
+    assert "--debug" in said
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=NAMES)
+def test_the_examples_in_the_help_can_be_parsed(verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typer.main.get_command(build_app())
+    for example in verb[2:]:
+        words = example.split()
+        assert words[:2] == ["sparsify-compiler", verb[0]]
+        parsed = command.commands[verb[0]].make_context(verb[0], words[2:])  # type: ignore[attr-defined]
+        assert parsed.params["debug"] is False
+
+
+def test_the_version_is_printed() -> None:
+    status, said, _ = invoke("--version")
+    assert (status, said.split()[0]) == (0, "sparsify-compiler")
+    assert said.split()[1][0].isdigit()
+
+
+def test_compile_prunes_to_2_4_with_sparsegpt_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = asked(monkeypatch)
+    status, said, _ = invoke("compile", "m.onnx", "-o", str(tmp_path / "out"))
+    assert status == 0
+    (rule,) = requests[0].recipe.rules
+    assert (rule.sites, rule.pattern, rule.sparsity, rule.method.name) == ("*", NM(2, 4), 0.5, "sparsegpt")
+    assert rule.refit
+    options = requests[0].options
+    assert (options.dtype, options.device, options.tokens) == ("float32", "auto", (1, 16, 2048))
+    assert options.onnx
+    assert options.onnx_flavour == "packed"
+    assert "model.onnx" in said
+
+
+def test_every_option_of_compile_reaches_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    requests = asked(monkeypatch)
+    out = tmp_path / "out"
+    words = f"compile hf/ -o {out} --calibration a.txt --heldout b.txt --method magnitude --pattern unstructured"
+    words += " --sparsity 0.7 --keep-dense *head --keep-dense *embed --dtype bfloat16 --device cpu --tokens 4,8,4"
+    words += " --windows 3 --sequence-length 64 --batch-size 2 --seed 5 --resume --require-sparse --onnx-flavour trt"
+    words += " --kv-cache --no-refit --trust --preprocess size=32"
+    status, _, _ = invoke(*words.split())
+    assert status == 0
+    (request,) = requests
+    (rule,) = request.recipe.rules
+    assert (rule.pattern, rule.sparsity, rule.method.name, rule.refit) == (Unstructured(), 0.7, "magnitude", False)
+    assert request.recipe.keep_dense == ("*head", "*embed")
+    assert (request.model, request.calibration, request.heldout, request.trust) == ("hf/", "a.txt", "b.txt", True)
+    options, choice = request.options, request.choice
+    assert (options.output, options.dtype, options.device, options.tokens) == (out, "bfloat16", "cpu", (4, 8))
+    assert (options.resume, options.require_sparse, options.kv_cache, options.overwrite) == (True, True, True, False)
+    assert (options.onnx_flavour, options.seed) == ("trt", 5)
+    assert (choice.windows, choice.sequence_length, choice.batch_size, choice.seed) == (3, 64, 2, 5)
+    assert choice.preprocess == "size=32"
+
+
+def test_a_recipe_file_is_read_and_keep_dense_adds_to_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    requests = asked(monkeypatch)
+    written = RecipeChoice(pattern="4:8", keep_dense=("a",)).recipe()
+    (tmp_path / "r.toml").write_text(format_recipe(written), encoding="utf-8")
+    arguments = ["compile", "m", "-o", str(tmp_path / "out"), "--recipe", str(tmp_path / "r.toml")]
+    assert invoke(*arguments, "--keep-dense", "b")[0] == 0
+    assert requests[0].recipe.rules == written.rules
+    assert requests[0].recipe.keep_dense == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--pattern", "2:q"], "pattern '2:q': write unstructured, kept:of as in 2:4"),
+        (["--method", "magic"], "--method 'magic': unknown; choose one of"),
+        (["--pattern", "unstructured"], "needs a sparsity"),
+        (["--pattern", "unstructured", "--sparsity", "1"], "sparsity 1.0 must lie in [0, 1)"),
+        (["--pattern", "unstructured", "--sparsity", "-0.1"], "must lie in [0, 1)"),
+        (["--pattern", "unstructured", "--sparsity", "nan"], "must lie in [0, 1)"),
+        (["--sparsity", "0.7"], "pattern 2:4 removes 0.5 of the weights, sparsity 0.7 was asked"),
+        (["--recipe", "r.toml", "--method", "wanda"], "--recipe and --method were both given"),
+        (["--recipe", "r.toml", "--no-refit"], "--recipe and --no-refit were both given"),
+        (["--recipe", "absent.toml"], "--recipe 'absent.toml': cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_status_2(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = asked(monkeypatch)
+    status, said, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"), *arguments)
+    assert (status, said, requests) == (2, "", [])
+    assert sentence in complaint
+    assert complaint.count("\n") == 1
+    assert "Traceback" not in complaint
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "0", "1.5", "-1", "a", "1;2", "²"])
+def test_token_counts_are_whole_numbers(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="whole numbers"):
+        token_counts(text)
+
+
+def test_token_counts_keep_their_order_and_lose_repeats() -> None:
+    assert token_counts(" 16, 1,16") == (16, 1)
+
+
+def test_a_file_that_is_there_is_only_replaced_when_asked(tmp_path: Path) -> None:
+    file = tmp_path / "y.npz"
+    check_output(file, overwrite=False)
+    file.write_text("kept", encoding="utf-8")
+    check_output(file, overwrite=True)
+    with pytest.raises(ExportError, match="exists already"):
+        check_output(file, overwrite=False)
+    with pytest.raises(ExportError, match="is a folder"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_an_output_folder_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    status, _, complaint = invoke("compile", str(tmp_path / "absent.onnx"), "-o", str(tmp_path))
+    assert status == 2
+    assert "exists" in complaint
+    assert "absent" not in complaint
+
+
+def fail(error: BaseException) -> object:
+    def job(*arguments: object) -> None:
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (PatternError("layer 'a':\n does not tile"), 2, "error: layer 'a': does not tile\n"),
+        (OSError(28, "No space left on device", "OUT/x"), 2, "cannot read or write 'OUT/x': No space left on device"),
+        (MemoryError(), 2, "out of memory"),
+        (KeyboardInterrupt(), 130, "--resume to go on"),
+    ],
+)
+def test_a_failing_compile_says_one_sentence(
+    error: BaseException, status: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli_compile, "compile_model", fail(error))
+    found, said, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"))
+    assert (found, said, complaint.count("\n")) == (status, "", 1)
+    assert words in complaint
+
+
+def test_debug_shows_the_traceback_before_the_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_compile, "compile_model", fail(DataError("no such data")))
+    status, _, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"), "--debug")
+    assert status == 2
+    assert "Traceback" in complaint
+    assert complaint.endswith("error: no such data\n")
+
+
+def test_our_own_bugs_and_closed_pipes_pass_through_the_guard() -> None:
+    for error in (ZeroDivisionError("ours"), BrokenPipeError()):
+        with pytest.raises(type(error)), guard(debug=False):
+            raise error
+
+
+def test_control_characters_in_a_message_are_not_sent_to_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), guard(debug=False):
+        raise RecipeError("site '\x1b[31m[bold]'")
+    assert capfd.readouterr().err == "error: site '\\x1b[31m[bold]'\n"
+
+
+def run_program(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `main` in a process of its own after `code`."""
+    program = f"import sys\nfrom sparsify_compiler import cli, cli_compile\n{code}\ncli.main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        check=False,
+    )
+
+
+BUG = "def job(*a):\n    raise ZeroDivisionError('ours')\ncli_compile.compile_model = job"
+
+
+def test_a_bug_of_ours_is_one_line_and_status_1(tmp_path: Path) -> None:
+    done = run_program(BUG, "compile", "m", "-o", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr == "internal error: ZeroDivisionError: ours; run again with --debug for the traceback\n"
+
+
+def test_a_bug_of_ours_shows_its_traceback_with_debug(tmp_path: Path) -> None:
+    done = run_program(BUG, "compile", "m", "-o", str(tmp_path / "out"), "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: ours")
+
+
+def test_the_process_leaves_with_the_status_of_the_verb(tmp_path: Path) -> None:
+    done = run_program("", "compile", str(tmp_path / "absent.onnx"), "-o", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "absent.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_shows_a_saved_report_and_names_a_missing_or_damaged_one(tmp_path: Path) -> None:
+    status, _, complaint = invoke("report", str(tmp_path))
+    assert (status, "has no report.json" in complaint) == (2, True)
+    (tmp_path / "report.json").write_text('{"sites": 3}', encoding="utf-8")
+    status, _, complaint = invoke("report", str(tmp_path))
+    assert (status, "is damaged" in complaint) == (2, True)
+    (tmp_path / "report.json").write_text(REPORT.to_json(), encoding="utf-8")
+    status, said, _ = invoke("report", str(tmp_path))
+    assert (status, "1 pruned" in said) == (0, True)
+
+
+def test_export_writes_beside_the_artefact_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests: list[ExportRequest] = []
+
+    def take(request: ExportRequest) -> WrittenOnnx:
+        requests.append(request)
+        checked = Verification(True, 1e-6, 1e-4, "CPUExecutionProvider")
+        return WrittenOnnx((FileReport("model.onnx", 2048),), checked, {}, ("a note",))
+
+    monkeypatch.setattr(cli_compile, "export_artefact", take)
+    status, said, _ = invoke("export", str(tmp_path), "--onnx-flavour", "dense", "--kv-cache")
+    assert status == 0
+    assert said.splitlines()[0] == f"written: {tmp_path / 'model.onnx'}, 2.0 KiB"
+    assert said.splitlines()[1].startswith("passed in CPUExecutionProvider")
+    assert said.splitlines()[2] == "a note"
+    assert requests == [ExportRequest(tmp_path, tmp_path / "model.onnx", "dense", kv_cache=True)]
+    (tmp_path / "model.onnx").write_bytes(b"kept")
+    assert invoke("export", str(tmp_path))[0] == 2
+
+
+def test_bench_draws_a_table_and_writes_json_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    requests: list[BenchRequest] = []
+
+    def take(request: BenchRequest, progress: Progress) -> tuple[BenchRow, ...]:
+        requests.append(request)
+        return ROWS
+
+    monkeypatch.setattr(cli_measure, "bench_models", take)
+    files = (tmp_path / "times.json", tmp_path / "times.svg")
+    status, said, _ = invoke("bench", "a.onnx", "b.onnx", "--json", str(files[0]), "--plot", str(files[1]))
+    assert status == 0
+    assert requests[0].models == ("a.onnx", "b.onnx")
+    assert rows_from_json(files[0].read_text(encoding="utf-8")) == ROWS
+    assert "<svg" in files[1].read_text(encoding="utf-8")
+    line = next(line for line in said.splitlines() if line.startswith("sparse.onnx"))
+    assert line.split()[:5] == ["sparse.onnx", "1", "ms", "±0.02", "2.00x"]
+    assert invoke("bench", "a", "--plot", "times.gif")[0] == 2
+
+
+def drawn(renderable: object, width: int = 100) -> str:
+    console = Console(file=StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_an_evaluation_shows_the_dense_value_only_where_there_is_one() -> None:
+    alone = drawn(draw_evaluation("m", (Quality("perplexity", None, 30.0, "text"),), 100))
+    beside = drawn(draw_evaluation("m", (Quality("perplexity", 20.0, 30.0, "text"),), 100))
+    assert "dense" not in alone
+    assert beside.splitlines()[-1].split()[:4] == ["perplexity", "20", "30", "1.50x"]
+    assert "BenchRow" not in drawn(draw_bench(ROWS, 80), 80)
+
+
+def test_without_a_terminal_progress_is_a_line_a_stage_and_one_every_ten_seconds() -> None:
+    now = 0.0
+    console = Console(file=StringIO(), width=200, force_terminal=False)
+    lines = _Lines(console, lambda: now)
+    with console.capture() as capture:
+        for done in range(31):
+            lines("calibrate layers.[red]" if done < 30 else "calibrate", done, 30)
+            now += 1.0
+        lines("export", 0, 2)
+    assert capture.get().splitlines() == [
+        "calibrate layers.[red]: 0 of 30, 0.0 s",
+        "calibrate layers.[red]: 10 of 30, 10 s, about 20 s left",
+        "calibrate layers.[red]: 20 of 30, 20 s, about 10 s left",
+        "calibrate: 30 of 30, 30 s",
+        "export: 0 of 2, 0.0 s",
+    ]
+
+
+def test_on_a_terminal_every_stage_is_a_bar_and_a_stage_that_begins_anew_another() -> None:
+    console = Console(file=StringIO(), width=100, force_terminal=True, color_system=None)
+    with console.capture() as capture, draw_progress(console) as progress:
+        for stage, done, total in (
+            ("prune layers.0", 0, 2),
+            ("prune", 2, 2),
+            ("perplexity", 0, 1),
+            ("perplexity", 1, 1),
+        ):
+            progress(stage, done, total)
+        progress("perplexity", 0, 1)
+        progress("nothing", 0, 0)
+    frame = capture.get().rpartition("\r")[2]  # rich goes back to the line's start and draws all bars again
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame).splitlines()
+    assert [line.split()[0] for line in last] == ["prune", "perplexity", "perplexity", "nothing"]
+    assert "2/2" in last[0]
+
+
+def test_the_sentence_of_an_error_is_one_line() -> None:
+    assert sentence(DataError("two\nlines  here")) == "two lines here"
+    assert sentence(OSError("odd")) == "cannot read or write: odd; check the path, the rights and the free space"
+    assert cli_guard.BAD_INPUT == 2
