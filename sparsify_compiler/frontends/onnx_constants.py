@@ -85,7 +85,7 @@ class Constants:
         """
         value = self._outermost(value)
         if value not in self._known:
-            tensor = onnx_ir.convenience.get_const_tensor(value)
+            tensor = stored_tensor(value)
             if tensor is None and value.graph is self._model.graph:
                 tensor = self.tensor(value)
             self._known[value] = None if tensor is None else (tensor.dtype, tuple(tensor.shape.numpy()))
@@ -97,7 +97,7 @@ class Constants:
         Raises:
             ModelError: ONNX Runtime cannot compute the expression.
         """
-        if (tensor := onnx_ir.convenience.get_const_tensor(value)) is not None:
+        if (tensor := stored_tensor(value)) is not None:
             return tensor
         graph = onnx_ir.convenience.extract(self._model.graph, inputs=[], outputs=[value])
         piece = onnx_ir.Model(graph, ir_version=self._model.ir_version)
@@ -106,6 +106,15 @@ class Constants:
         if not isinstance(result, np.ndarray):
             raise ModelError(f"the constant {value.name!r} is a {type(result).__name__}, not a tensor")
         return onnx_ir.tensor(result, name=value.name)
+
+
+def stored_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
+    """Return the tensor of an initialiser or `Constant` node, None for anything else."""
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        # onnx_ir's own reader would rename this tensor, which the user's model shares with ours.
+        return node.attributes["value"].as_tensor()
+    return onnx_ir.convenience.get_const_tensor(value)
 
 
 def bodies(node: onnx_ir.Node) -> list[onnx_ir.Graph]:
@@ -146,5 +155,5 @@ def _folds(node: onnx_ir.Node) -> bool:
 
 
 def _size(value: onnx_ir.Value) -> int:
-    tensor = onnx_ir.convenience.get_const_tensor(value)
+    tensor = stored_tensor(value)
     return tensor.size if tensor is not None else 0

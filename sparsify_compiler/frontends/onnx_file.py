@@ -117,25 +117,44 @@ def _unusable(proto: onnx.ModelProto) -> str | None:
         return "it holds a training graph, which would be lost; export the model for inference"
     if any(graph.sparse_initializer for graph in _graphs(proto.graph)):
         return "it holds sparse initialisers, which onnx_ir cannot carry; store them dense"
+    if name := _never_made(proto.graph, frozenset()):
+        return f"its graph reads {name!r} before anything makes it; it is damaged, or not sorted"
     return None
+
+
+def _never_made(graph: onnx.GraphProto, outside: frozenset[str]) -> str | None:
+    """Return the first value that a node of `graph` or of its bodies reads before it is made."""
+    known = {"", *outside, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    for node in graph.node:
+        missing: list[str] = [name for name in node.input if name not in known]
+        for body in _direct_bodies(node):
+            missing += [name for name in (_never_made(body, frozenset(known)),) if name]
+        if missing:
+            return missing[0]
+        known.update(node.output)
+    ends: list[str] = [value.name for value in graph.output if value.name not in known]
+    return ends[0] if ends else None
+
+
+def _direct_bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
-    yield from _bodies(graph.node)
-
-
-def _bodies(nodes: "list[onnx.NodeProto]") -> Iterator[onnx.GraphProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                yield from _graphs(body)
+    for node in graph.node:
+        for body in _direct_bodies(node):
+            yield from _graphs(body)
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    graphs = [*_graphs(proto.graph), *(body for function in proto.functions for body in _bodies(function.node))]
-    nodes = [node for graph in graphs for node in graph.node]
-    nodes += [node for function in proto.functions for node in function.node]
+    nodes = [node for function in proto.functions for node in function.node]
+    graphs = [inner for node in nodes for body in _direct_bodies(node) for inner in _graphs(body)]
+    graphs += _graphs(proto.graph)
+    nodes += [node for graph in graphs for node in graph.node]
     for graph in graphs:
         yield from graph.initializer
     for node in nodes:
