@@ -1,0 +1,227 @@
+"""The linear algebra of layer-wise pruning: damped factors, and least squares on a given keep mask."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import CalibrationError, SingularGramError
+
+LARGEST_DAMP = 1.0
+"""The damping past which a factorisation is given up: the ridge then equals the mean diagonal."""
+
+FIRST_RIDGE, LARGEST_RIDGE = 1e-8, 1e-2
+"""Ridge of the exact solve, as a share of the unit diagonal: raised a hundredfold where a factorisation fails."""
+
+CHUNK_ENTRIES = 1 << 19
+"""Entries of a chunk of rows: five float32 buffers of a chunk stay near the caches, and memory stays bounded."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """`upper` U (in, in) float32 with Uᵀ U = (G + ridge I)⁻¹, ridge = `damp` · mean diagonal of G.
+
+    `dead` (in,) bool marks inputs that were always zero.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damp: float
+    notes: tuple[str, ...] = ()
+
+
+def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
+    """Factorise the inverse of the damped `gram` (in, in) float64, one Cholesky and one triangular inverse.
+
+    With J the order reversed, J (G + ridge I) J = L Lᵀ gives U = J L⁻¹ J. `damp` rises tenfold, each step noted, while
+    the matrix is indefinite.
+
+    Raises:
+        CalibrationError: `gram` has entries that are not finite.
+        SingularGramError: it is all zero, or indefinite at every damping up to 1.
+    """
+    require_finite(gram)
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        raise SingularGramError(
+            "the Gram matrix is all zero: no calibration input reached this layer; "
+            "give data that does, or keep the layer dense"
+        )
+    notes: list[str] = []
+    used = damp
+    while used <= LARGEST_DAMP:
+        damped = gram.flip(0, 1).contiguous()
+        damped.diagonal().add_(used * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return InverseFactor(inverse.flip(0, 1).float().contiguous(), diagonal == 0, used, tuple(notes))
+        notes.append(f"the Gram matrix is indefinite at damp {used:g}: raised to {used * 10:g}")
+        used *= 10
+    raise SingularGramError(
+        f"the Gram matrix is indefinite at every damping from {damp:g} to {used / 10:g}; "
+        "give more calibration tokens, or choose wanda or magnitude for this layer"
+    )
+
+
+def require_finite(gram: Tensor) -> None:
+    """Raise CalibrationError unless every entry of `gram` is finite."""
+    if not torch.isfinite(gram).all():
+        raise CalibrationError(
+            "the Gram matrix has NaN or infinite entries; check the calibration data and the activations on it"
+        )
+
+
+@dataclass(frozen=True)
+class MaskedLeastSquares:
+    """For every row: minimise ŵᵀGŵ − 2 ŵᵀb over ŵ that is zero off `keep`, where G is (in, in), b a row of `moment`.
+
+    `moment` (out, in) float64 is W Cᵀ, C = XᵀX_dense / tokens (C = G without dense targets), so that the optimum
+    solves (G ŵ)_Q = b_Q on the kept columns Q. `start` (out, in) is zero off `keep`. Solvers move only entries
+    that `keep` marks and whose input fired; where the optimum is not unique they stay near `start`.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    keep: Tensor
+    start: Tensor
+
+    def scale(self) -> Tensor:
+        """Return (in,) factors s for which diag(s) G diag(s) has a unit diagonal; 0 for inputs that never fired."""
+        diagonal = self.gram.diagonal()
+        return torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt(), 0.0)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """Return b − Gŵ on the kept entries, 0 elsewhere: minus half the gradient at `weight` (out, in) float64."""
+        return (self.moment - weight @ self.gram).mul_(self.keep)
+
+
+@dataclass(frozen=True)
+class MaskedSolution:
+    """`weight` (out, in) float64, zero off the mask; `relative_gradient` (out,): ‖s(b − Gŵ)_Q‖ / ‖s b_Q‖ per row.
+
+    `iterations` is the most any row took; `ridge` the largest that an exact solve needed (0: none).
+    """
+
+    weight: Tensor
+    relative_gradient: Tensor
+    iterations: int = 0
+    ridge: float = 0.0
+
+
+def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-8, most_iterations: int = 200) -> MaskedSolution:
+    """Solve by conjugate gradients on the mask, all rows at once with a step size each, Jacobi preconditioned.
+
+    Products run in float32 on the gradient's remainder, which float64 recomputes after every descent (iterative
+    refinement), so that the stated relative gradient is a float64 one. Rows that need more than `most_iterations` in
+    all come back short of `tolerance`; `relative_gradient` tells which.
+    """
+    scale = problem.scale()
+    scaled = (problem.gram * scale[:, None] * scale).float()
+    rows, in_ = problem.keep.shape
+    chunk = max(CHUNK_ENTRIES // in_, 64)
+    parts = [
+        _solve_rows(_rows(problem, slice(first, first + chunk)), scale, scaled, tolerance, most_iterations)
+        for first in range(0, rows, chunk)
+    ]
+    return MaskedSolution(
+        torch.cat([part.weight for part in parts]),
+        torch.cat([part.relative_gradient for part in parts]),
+        max(part.iterations for part in parts),
+    )
+
+
+def _rows(problem: MaskedLeastSquares, rows: slice | Tensor) -> MaskedLeastSquares:
+    return MaskedLeastSquares(problem.gram, problem.moment[rows], problem.keep[rows], problem.start[rows])
+
+
+def _solve_rows(
+    problem: MaskedLeastSquares, scale: Tensor, scaled: Tensor, tolerance: float, most_iterations: int
+) -> MaskedSolution:
+    weight = problem.start.double()
+    keep = problem.keep.float()
+    target = _norm(problem.moment * problem.keep * scale).clamp_min(torch.finfo(torch.float64).tiny)
+    remainder = problem.gradient(weight) * scale
+    size = _norm(remainder)
+    iterations = 0
+    while iterations < most_iterations and bool((size > tolerance * target).any()):
+        unit = size.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        goal = (tolerance * target / unit[:, 0]).clamp_max(1.0).float()
+        step, spent = _descend(scaled, (remainder / unit).float(), keep, goal, most_iterations - iterations)
+        weight += step.double() * unit * scale
+        iterations += spent
+        remainder = problem.gradient(weight) * scale
+        size = _norm(remainder)
+    return MaskedSolution(weight, size / target, iterations)
+
+
+def _descend(matrix: Tensor, remainder: Tensor, keep: Tensor, goal: Tensor, most: int) -> tuple[Tensor, int]:
+    """Run conjugate gradients from zero until every row's ‖remainder‖ is below `goal` (rows,); changes `remainder`."""
+    step, direction, product = torch.zeros_like(remainder), remainder.clone(), torch.empty_like(remainder)
+    squared = _dot(remainder, remainder)
+    for iteration in range(1, most + 1):
+        torch.mm(direction, matrix, out=product).mul_(keep)
+        curvature = _dot(direction, product)
+        # Rounding can leave no curvature in a direction without data: that row stands still and is told by its size.
+        length = torch.where(curvature > 0, squared / curvature, 0.0)[:, None]
+        step.addcmul_(length, direction)
+        remainder.addcmul_(length, product, value=-1)
+        previous, squared = squared, _dot(remainder, remainder)
+        if iteration % 5 == 0 and bool((squared <= goal * goal).all()):
+            return step, iteration
+        torch.addcmul(remainder, torch.where(previous > 0, squared / previous, 0.0)[:, None], direction, out=direction)
+    return step, most
+
+
+def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
+    """Solve row by row with a float64 Cholesky factor of G on the kept columns, scaled to a unit diagonal.
+
+    The ridge (1e-8 of the diagonal, a hundred times more where the factorisation fails) holds the row to `start`
+    only in directions without data: two more steps with the same factor shrink its effect to its third power.
+    """
+    scale = problem.scale()
+    weight = problem.start.double()
+    scaled = problem.gram * scale[:, None] * scale
+    moment = problem.moment * scale
+    largest = 0.0
+    for row in range(len(weight)):
+        kept = (problem.keep[row] & (scale > 0)).nonzero()[:, 0]
+        if not len(kept):
+            continue
+        matrix = scaled.index_select(0, kept).index_select(1, kept)
+        lower, ridge = _factor_with_ridge(matrix)
+        largest = max(largest, ridge)
+        # Columns that never fired keep `start`; Gᵢⱼ = 0 there, so they do not enter the other columns' equations.
+        value = (weight[row, kept] / scale[kept])[:, None]
+        right = moment[row, kept][:, None]
+        for _ in range(3):
+            value = value + torch.cholesky_solve(right - matrix @ value, lower)
+        weight[row, kept] = value[:, 0] * scale[kept]
+    target = _norm(moment * problem.keep).clamp_min(torch.finfo(torch.float64).tiny)
+    return MaskedSolution(weight, _norm(problem.gradient(weight) * scale) / target, ridge=largest)
+
+
+def _factor_with_ridge(matrix: Tensor) -> tuple[Tensor, float]:
+    ridge = FIRST_RIDGE
+    while True:
+        damped = matrix.clone()
+        damped.diagonal().add_(ridge)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return lower, ridge
+        if ridge >= LARGEST_RIDGE:
+            raise SingularGramError(
+                f"the Gram matrix on the kept columns is indefinite at every ridge up to {ridge:g} of its diagonal; "
+                "give more calibration tokens, or set refit = false for this layer"
+            )
+        ridge *= 100
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)

@@ -1,0 +1,48 @@
+"""Prune one layer problem from end to end: check, select, re-solve, check."""
+
+import torch
+
+from sparsify_compiler.errors import ModelError, PatternError
+from sparsify_compiler.passes.prune.refit import refit as refit_kept
+from sparsify_compiler.problem import LayerProblem, LayerSolution, Pruner
+
+
+def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True) -> LayerSolution:
+    """Return what `method` makes of `problem`, re-solved on its mask where `refit` and a Gram matrix is at hand.
+
+    The weight is float32 and exactly zero off `keep`, which obeys the pattern with its exact count; both losses are
+    filled where there is a Gram matrix. The problem is not modified.
+
+    Raises:
+        ModelError: the weight has entries that are not finite.
+        PatternError: the pattern does not fit the weight.
+        DataError, CalibrationError, SingularGramError: as the method and the re-solve say.
+    """
+    out, in_ = problem.weight.shape
+    if not torch.isfinite(problem.weight).all():
+        raise ModelError(f"layer {problem.name!r}: the weight ({out}, {in_}) has NaN or infinite entries; repair it")
+    if reason := problem.pattern.misfit(out, in_, problem.run):
+        raise PatternError(f"layer {problem.name!r}: {reason}")
+    solution = method.prune(problem)
+    if solution.loss is None and problem.gram is not None:
+        loss = problem.loss(solution.weight)
+        solution = LayerSolution(solution.weight, solution.keep, loss, loss, solution.stats, solution.notes)
+    if refit:
+        solution = refit_kept(problem, solution)
+    _check(problem, method, solution)
+    return solution
+
+
+def _check(problem: LayerProblem, method: Pruner, solution: LayerSolution) -> None:
+    """Assert what every method promises; a failure is our own bug."""
+    out, in_ = problem.weight.shape
+    removed = out * in_ - int(solution.keep.sum())
+    counts = {
+        problem.pattern.removed(out, in_, problem.sparsity, problem.run, scope="layer"),
+        problem.pattern.removed(out, in_, problem.sparsity, problem.run, scope="row"),
+    }
+    where = f"layer {problem.name!r}, {method.name}, {problem.pattern}"
+    assert removed in counts, f"{where}: removed {removed} entries, {sorted(counts)} were asked"
+    assert solution.weight.dtype == torch.float32, f"{where}: weight is {solution.weight.dtype}"
+    assert not solution.weight[~solution.keep].any(), f"{where}: a removed weight is not zero"
+    assert torch.isfinite(solution.weight).all(), f"{where}: a weight is not finite"
