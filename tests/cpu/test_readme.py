@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
 import typer
 from listing import START, STOP, first_line, listing, with_listing
 from size import source_files
 from typer.core import TyperGroup
 
 from sparsify_compiler.cli import build_app
+from sparsify_compiler.passes.prune import METHODS
+from sparsify_compiler.recipe import format_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +62,28 @@ def test_every_option_in_the_readme_exists() -> None:
     own = {"--index-url", "--no-deps", "--help"}  # pip's, and every verb's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme())) - own
     assert named <= {flag for flags in commands().values() for flag in flags}
+
+
+def test_the_python_example_runs_on_a_small_transformer() -> None:
+    transformers = pytest.importorskip("transformers", reason="the example's site names are a Hugging Face model's")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    names = {"model": model, "batches": [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(2)]}
+    (example,) = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
+    exec(example, names)
+    compiled, report = names["compiled"], names["report"]
+    assert type(compiled) is type(model)
+    pruned = [site for site in report.sites if site.status == "pruned"]
+    assert len(pruned) == 14  # 7 linear layers in each of 2 blocks
+    assert {site.sparsity for site in pruned} == {0.5}
+    assert compiled.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2).shape == (1, 6)
+
+
+def test_the_recipe_example_is_a_recipe() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", readme(), re.DOTALL)
+    recipe = parse_recipe(example, METHODS)
+    assert len(recipe.rules) == 2
+    assert recipe == parse_recipe(format_recipe(recipe), METHODS)
