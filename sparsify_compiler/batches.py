@@ -1,9 +1,9 @@
 """What a model is called with: one batch, its names and sizes, and the call itself."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -143,3 +143,24 @@ def _check_names(module: nn.Module, batch: Mapping[str, Tensor]) -> None:
         raise DataError(
             f"{type(module).__name__}.forward has no input {', '.join(map(repr, unknown))}; it takes {', '.join(known)}"
         )
+
+
+@dataclass(frozen=True)
+class LazyBatches(Sequence[Batch]):
+    """`length` batches, each made by `make(index)` every time it is asked for, so that none need stay in memory."""
+
+    length: int
+    make: Callable[[int], Batch]
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> "LazyBatches": ...
+    def __getitem__(self, index: int | slice) -> "Batch | LazyBatches":
+        chosen = range(self.length)[index]
+        if isinstance(chosen, range):
+            return LazyBatches(len(chosen), lambda position: self.make(chosen[position]))
+        return self.make(chosen)
