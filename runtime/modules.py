@@ -109,9 +109,16 @@ class SparseLinear(nn.Module):
         """Hold `packed` and `bias` (out,); run them by the kernel named `kernel`, tuned for `tokens`.
 
         Raises:
-            KernelError: no kernel has that name, it rejects this weight, or the packed tensors are broken.
+            KernelError: no kernel has that name, it rejects this weight, the packed tensors are broken, or the bias
+                has another shape or dtype than the weight asks for.
         """
         super().__init__()
+        dtype = packed.tensors["values"].dtype
+        if bias is not None and (bias.shape != packed.shape[:1] or bias.dtype != dtype):
+            raise KernelError(
+                f"SparseLinear of weight {packed.shape} {dtype} needs a bias ({packed.shape[0]},) of the same dtype; "
+                f"found {tuple(bias.shape)} {bias.dtype}; convert it"
+            )
         self.out_features, self.in_features = packed.shape
         self.layout, self.pattern = packed.layout, packed.pattern
         self.kernel, self.tokens = kernel, tokens

@@ -1,5 +1,6 @@
 """The lists that every test of layouts and kernels runs over: a new one is one line here."""
 
+import pytest
 import torch
 
 from sparsify_compiler.kernel import Kernel
@@ -23,6 +24,12 @@ LAYOUT_PATTERNS: tuple[Pattern, ...] = (
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def skip_without_mkl(kernel: str) -> None:
+    """Skip a CPU test of torch_csr where PyTorch has no MKL, and so no such product."""
+    if kernel == "torch_csr" and not torch.backends.mkl.is_available():
+        pytest.skip("this PyTorch was built without MKL, so torch_csr cannot run on the CPU")
 
 
 def choose(pattern: Pattern, weight: torch.Tensor, sparsity: float = 0.5) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernels import KERNELS, LAYOUT_PATTERNS, choose
+from kernels import KERNELS, LAYOUT_PATTERNS, choose, skip_without_mkl
 from torch.nn import functional
 
 from sparsify_compiler.errors import KernelError
@@ -32,6 +32,7 @@ def dtypes(kernel: Kernel) -> Iterator[torch.dtype]:
 
 
 def check(kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, act: Activation | None) -> None:
+    skip_without_mkl(kernel.name)
     spec = spec_for(packed, (x.shape[0],))
     assert kernel.rejects(spec) is None
     y = kernel.run(kernel.prepare(packed, spec), x, bias, act)
@@ -77,6 +78,7 @@ def test_empty_and_full_rows_and_an_empty_weight_are_computed(kernel: Kernel) ->
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_inputs_of_any_strides_give_the_same_result(kernel: Kernel) -> None:
+    skip_without_mkl(kernel.name)
     packed = pack(Unstructured(), 12, 10)
     prepared = kernel.prepare(packed, spec_for(packed, (8,)))
     base = torch.randn(16, 20)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import KERNELS, choose
+from kernels import KERNELS, choose, skip_without_mkl
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -36,6 +36,7 @@ def layer(
     kernel: str = "torch_csr", pattern: Pattern = PATTERNS[1], dtype: torch.dtype = torch.float32, bias: bool = True
 ) -> tuple[SparseLinear, nn.Linear]:
     """A sparse layer of 16 inputs and 24 outputs, and the dense one that it must equal."""
+    skip_without_mkl(kernel)
     torch.manual_seed(0)
     dense = nn.Linear(16, 24, bias=bias, dtype=dtype)
     keep = choose(pattern, dense.weight.detach())
@@ -252,6 +253,9 @@ def test_inputs_that_do_not_fit_are_refused_in_words() -> None:
         layer("fast")
     with pytest.raises(KernelError, match=r"no torch\.float16 CSR product"):
         layer("torch_csr", dtype=torch.float16)
+    for bias in (torch.zeros(23), torch.zeros(24, dtype=torch.float64)):
+        with pytest.raises(KernelError, match=r"needs a bias \(24,\) of the same dtype"):
+            SparseLinear(sparse.packed, bias)
 
 
 def test_the_dense_weight_and_a_description_can_be_read() -> None:
@@ -267,6 +271,7 @@ def test_every_kernel_of_the_release_is_in_the_list_of_tests() -> None:
 
 
 def test_a_packed_weight_of_another_layout_than_its_pattern_runs() -> None:
+    skip_without_mkl("torch_csr")
     weight = torch.randn(24, 16)
     keep = NM(2, 4).select(weight.abs(), 0.5)
     packed = format_for(Unstructured()).pack(weight, keep, NM(2, 4))  # a bitmap that records 2:4
