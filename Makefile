@@ -17,7 +17,7 @@ help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 
 demo: $(WEIGHTS)  ## prune SmolLM2-135M to 2:4, export it, check it in ONNX Runtime, print the report
-	$(BIN)/sparsify-compiler demo
+	$(BIN)/sparsify-compiler demo -o $(DEMO_OUT) --overwrite
 
 test: lint  ## everything a change must pass: lint, types, sizes, tests/cpu
 	$(BIN)/python -m pytest tests/cpu
