@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import DataError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 LABELS = "labels.csv"
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    struct.error,
+    SafetensorError,
+)
+"""What transformers and its readers raise on damaged or unknown files."""
+
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -121,7 +134,7 @@ def load_gguf(path: Path) -> nn.Module:
             raise ModelError(
                 f"model {str(path)!r}: reading it needs {package}; run pip install 'sparsify-compiler[hf]'"
             )
-    with _no_gguf_bar():
+    with _no_gguf_bar(transformers):
         module = _from_pretrained(transformers.AutoModelForCausalLM, path.parent, str(path), gguf_file=path.name)
     # The weights are plain float32 now; what says otherwise would make save_pretrained and copies fail.
     for owner, name in ((module, "hf_quantizer"), (module.config, "quantization_config")):
@@ -147,16 +160,18 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_gguf_bar() -> Iterator[None]:
+def _no_gguf_bar(transformers: Any) -> Iterator[None]:
     """Keep the bar of the .gguf reader away: it is tqdm's own, which transformers' setting does not reach."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = reader.tqdm
-    reader.tqdm = functools.partial(bar, disable=True)
+    reader = getattr(transformers, "modeling_gguf_pytorch_utils", None)
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another version of transformers, which draws it elsewhere or not at all
+        yield
+        return
+    vars(reader)["tqdm"] = functools.partial(bar, disable=True)
     try:
         yield
     finally:
-        reader.tqdm = bar
+        vars(reader)["tqdm"] = bar
 
 
 def _from_pretrained(model_class: Any, folder: Path, what: str, **options: Any) -> nn.Module:
@@ -165,7 +180,7 @@ def _from_pretrained(model_class: Any, folder: Path, what: str, **options: Any) 
             module, loading = model_class.from_pretrained(
                 str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, IndexError, RuntimeError, ImportError, SafetensorError) as error:
+        except READ_ERRORS as error:
             raise ModelError(
                 f"model {what!r}: transformers cannot read it ({_first_line(error)}); copy the files again, or check "
                 "that this version of transformers knows the architecture"
