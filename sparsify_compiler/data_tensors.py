@@ -83,7 +83,8 @@ def read_arrays(path: Path, select: str | None = None) -> dict[str, Tensor]:
     where = f"data {str(path)!r}"
     try:
         if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            # np.load leaves a path that is no archive open; this file is closed either way.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 names = file.files
                 wanted = [name for name in names if select in {None, name}]
                 arrays = {name: torch.from_numpy(np.asarray(file[name])) for name in wanted}
@@ -142,7 +143,7 @@ def stack(tensors: Mapping[str, Tensor], source: Source, batch_size: int | None,
         return Stack(tensors, dict.fromkeys(tensors, 0), 1)
     free = [len(tensor) for name, tensor in sized.items() if name not in fixed]
     wanted = batch_size or _comfortable(sized)
-    step = min(wanted, max(free, default=wanted))
+    step = min([wanted, *free])
     if any(name in sized and axis == 1 for name, axis in fixed.items()):
         step = 1  # a model of one sample a call
     rows = {name: fixed.get(name, step) if name in sized else 0 for name in tensors}
@@ -150,7 +151,7 @@ def stack(tensors: Mapping[str, Tensor], source: Source, batch_size: int | None,
         if len(tensor) < rows[name] or rows[name] == 0:
             raise DataError(f"{where}: array {name!r} has {len(tensor)} samples, one call takes {rows[name] or 'none'}")
     calls = {n: (len(t) // rows[n] if n in fixed else -(-len(t) // rows[n])) for n, t in sized.items()}
-    if len(set(calls.values())) > 1:
+    if len(set(calls.values())) > 1 or len(set(free)) > 1:
         counts = ", ".join(f"{name} {len(tensor)}" for name, tensor in sized.items())
         raise DataError(f"{where}: the arrays hold different numbers of samples ({counts}); axis 0 counts the samples")
     return Stack(tensors, rows, next(iter(calls.values())))
