@@ -123,7 +123,8 @@ def run_model(model: Path, inputs: Path, output: Path) -> tuple[str, ...]:
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Read named arrays; nothing is unpickled. Raises DataError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:  # numpy itself would leave a damaged file open
+            arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise DataError(f"inputs {str(path)!r}: one array without a name; write an .npz with numpy.savez")
             return {name: arrays[name] for name in arrays.files}

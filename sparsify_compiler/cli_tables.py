@@ -33,7 +33,7 @@ def draw_inspection(model: str, inspection: Inspection, width: int) -> Renderabl
         Column("kernels", [_plain(_allowed(row.kernels)) for row in first], wrap=True, lift=True),
     ]
     title = f"{printable(model)}: {len(inspection.rows)} sites in {len(rows)} rows{folded}"
-    return Group(*table(title, columns, width), *_reasons(inspection), *_estimates(inspection))
+    return Group(*table(title, columns, width, "--json"), *_reasons(inspection), *_estimates(inspection))
 
 
 def inspection_json(inspection: Inspection) -> str:
@@ -57,21 +57,22 @@ def draw_evaluation(model: str, measures: Sequence[Quality], width: int) -> Rend
 
 def draw_bench(rows: Sequence[BenchRow], width: int) -> RenderableType:
     """Draw one row a model, the first being the measure."""
+    peaks = [_plain(_size(row.peak_memory_bytes)) for row in rows]
     styles = {"faster": "bold green", "slower": "yellow"}
     columns = [
         Column("model", [_plain(row.label) for row in rows]),
         Column("median", [_plain(f"{row.median_ms:.4g} ms") for row in rows], right=True),
         Column("spread", [_plain(f"±{row.spread:.2f}") for row in rows], rank=4, right=True),
         Column("speedup", [_plain(f"{row.speedup:.2f}x ±{row.speedup_spread:.2f}") for row in rows], right=True),
-        Column("verdict", [_plain(row.verdict, styles.get(row.verdict, "")) for row in rows]),
-        Column("peak memory", [_plain(_size(row.peak_memory_bytes)) for row in rows], rank=2, lift=True, right=True),
-        Column("file", [_plain(_size(row.size_bytes)) for row in rows], rank=1, right=True),
+        Column("verdict", [_plain(row.verdict, styles.get(row.verdict, "")) for row in rows], wrap=True),
+        *([Column("peak memory", peaks, rank=2, right=True)] if any(row.peak_memory_bytes for row in rows) else []),
+        Column("size", [_plain(_size(row.size_bytes)) for row in rows], rank=1, right=True),
         Column("repeats", [_plain(str(row.repeats)) for row in rows], rank=3, lift=True, right=True),
     ]
     meaning = (
         "speedup = time of the first model / time of this one, round by round. spread = interquartile range / median."
     )
-    return Group(*table("Measured in one run, rounds interleaved", columns, width), small(Text(meaning)))
+    return Group(*table("Measured in one run, rounds interleaved", columns, width, "--json"), small(Text(meaning)))
 
 
 def _fold(rows: Sequence[SiteInspection]) -> Folded:

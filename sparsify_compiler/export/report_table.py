@@ -37,8 +37,13 @@ class Column:
         return max(len(self.title), min(widest, 40) if self.wrap else widest)
 
 
-def table(title: str, columns: Sequence[Column], width: int) -> Iterable[RenderableType]:
-    """Yield a heading, what all rows share, the table, and the titles of the columns that did not fit `width`."""
+def table(
+    title: str, columns: Sequence[Column], width: int, elsewhere: str = "report.html"
+) -> Iterable[RenderableType]:
+    """Yield a heading, what all rows share, the table, and the titles of the columns that did not fit `width`.
+
+    `elsewhere` names the place that has all columns.
+    """
     shared = [column for column in columns if _is_lifted(column)]
     left = [column for column in columns if not _is_lifted(column)]
     dropped: list[Column] = []
@@ -52,7 +57,7 @@ def table(title: str, columns: Sequence[Column], width: int) -> Iterable[Rendera
     yield _draw(left, width)
     if dropped:
         names = ", ".join(column.title for column in dropped)
-        yield small(Text(f"Too narrow for {names}: see a wider terminal or report.html."))
+        yield small(Text(f"Too narrow for {names}: see a wider terminal or {elsewhere}."))
 
 
 def small(text: Text) -> RenderableType:

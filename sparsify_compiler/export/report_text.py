@@ -36,7 +36,7 @@ from sparsify_compiler.export.report_rows import (
 )
 from sparsify_compiler.export.report_table import Column, bullet, small, table
 
-FOLD_ABOVE = 40
+FOLD_ABOVE = 30
 VERDICTS = 12
 NAMED = 3
 
@@ -111,7 +111,7 @@ def _quality(measure: str, dense: float | None, sparse: float, change: str, data
 
 def _file(name: str, size_bytes: int, dense_bytes: int | None) -> str:
     if not dense_bytes:
-        return f"{name}  {size(size_bytes)}"
+        return f"{name}  {size(size_bytes)}" if size_bytes else name
     return f"{name}  {size(dense_bytes)} dense → {size(size_bytes)}, {size_bytes / dense_bytes:.2f}x"
 
 

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it says when it fails, and its exit status. Models are not touched here."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,14 +8,18 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sparsify_compiler import cli_compile, cli_guard, cli_measure
+from sparsify_compiler import cli_compile, cli_guard, cli_jobs, cli_measure
+from sparsify_compiler.api import Inspection, SiteInspection
 from sparsify_compiler.cli import VERBS, build_app
 from sparsify_compiler.cli_guard import guard, sentence
+from sparsify_compiler.cli_jobs import read_npz
 from sparsify_compiler.cli_options import token_counts
 from sparsify_compiler.cli_progress import _Lines, draw_progress
 from sparsify_compiler.cli_requests import (
@@ -28,6 +33,7 @@ from sparsify_compiler.cli_tables import draw_bench, draw_evaluation
 from sparsify_compiler.errors import DataError, ExportError, PatternError, RecipeError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
+from sparsify_compiler.graph import Site
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import format_recipe
@@ -108,6 +114,19 @@ def test_compile_prunes_to_2_4_with_sparsegpt_unless_told_otherwise(
     assert options.onnx
     assert options.onnx_flavour == "packed"
     assert "model.onnx" in said
+
+
+def test_the_demo_is_a_compile_of_its_own_model_and_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    requests = asked(monkeypatch)
+    monkeypatch.setattr(cli_jobs, "demo_model_path", lambda: tmp_path / "smollm2.gguf")
+    assert invoke("demo", "-o", str(tmp_path / "out"))[0] == 0
+    (request,) = requests
+    (rule,) = request.recipe.rules
+    assert (request.model, str(rule.pattern), rule.method.name) == (str(tmp_path / "smollm2.gguf"), "2:4", "sparsegpt")
+    assert (request.choice.windows, request.choice.sequence_length) == (16, 1024)
+    for text in (request.calibration, request.heldout):
+        assert text is not None
+        assert Path(text).is_file()
 
 
 def test_every_option_of_compile_reaches_the_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -277,6 +296,74 @@ def test_the_process_leaves_with_the_status_of_the_verb(tmp_path: Path) -> None:
     assert "absent.onnx" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_run_reads_and_writes_named_arrays(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Add", ["x", "x"], ["y"])
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "double", value[:1], value[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=np.array([1, 2], dtype=np.float32))
+    arguments = ["run", str(tmp_path / "m.onnx"), "--input", str(tmp_path / "x.npz"), "-o", str(tmp_path / "y.out")]
+    status, said, _ = invoke(*arguments)
+    assert (status, said) == (0, "y float32 (2,)\n")
+    assert np.load(tmp_path / "y.out")["y"].tolist() == [2.0, 4.0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "x.npz", "y.out"]
+    assert invoke(*arguments)[0] == 2  # y.out is there already
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x93NUMPY"])
+def test_run_names_inputs_that_cannot_be_read(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"not an \.npz"):
+        read_npz(tmp_path / "x.npz")
+    with pytest.raises(DataError, match="no such file"):
+        read_npz(tmp_path / "absent.npz")
+
+
+def test_inputs_that_hold_pickles_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(DataError, match="plain arrays"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_inspect_draws_every_site_and_reason_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sites = [
+        Site(
+            f"layers.{i}.fc",
+            "Linear",
+            "w",
+            (64, 32),
+            64,
+            32,
+            1,
+            32,
+            None,
+            "x",
+            0,
+            refusal=None if i else "is used twice",
+        )
+        for i in range(40)
+    ]
+    rows = tuple(SiteInspection(site, 512, {"2:4": None, "64x64": "does not tile"}, {"dense": None}) for site in sites)
+    inspection = Inspection(rows, 2**20, 75.0, ("a remark",))
+    monkeypatch.setattr(cli_measure, "inspect_model", lambda request, progress: inspection)
+    status, said, _ = invoke("inspect", "m.onnx")
+    assert status == 0
+    for words in (
+        "m.onnx: 40 sites in 2 rows",
+        "layers.{1-39}.fc",
+        "cannot be pruned: is used twice (layers.0.fc)",
+        "pattern 64x64: does not tile (layers.{1-39}.fc)",
+        "1.0 MiB",
+        "1 min 15 s",
+        "a remark",
+    ):
+        assert words in said, words
+    table = json.loads(invoke("inspect", "m.onnx", "--json")[1])
+    assert [row["site"]["name"] for row in table["rows"]] == [site.name for site in sites]
+    assert table["rows"][0]["patterns"]["64x64"] == "does not tile"
 
 
 def test_report_shows_a_saved_report_and_names_a_missing_or_damaged_one(tmp_path: Path) -> None:
