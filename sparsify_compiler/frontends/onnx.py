@@ -4,7 +4,7 @@
 >>> values = graph.run_segment(0, graph.enter({"input_ids": ids}))           # doctest: +SKIP
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sparsify_compiler.frontends.layout import to_problem
 from sparsify_compiler.frontends.onnx_constants import Constants
 from sparsify_compiler.frontends.onnx_file import read_model, write_model
 from sparsify_compiler.frontends.onnx_inputs import Input, check_batch, list_inputs
-from sparsify_compiler.frontends.onnx_rewrite import put_problem
+from sparsify_compiler.frontends.onnx_rewrite import conv_bias, put_problem, shift_conv
 from sparsify_compiler.frontends.onnx_runner import PieceRunner
 from sparsify_compiler.frontends.onnx_segments import read_rows, split, to_torch
 from sparsify_compiler.frontends.onnx_sites import FoundSite, find_sites, stored_weight
@@ -111,6 +111,23 @@ class OnnxGraph:
             self._constants.add(value)
         self._runner.forget()
 
+    def bias(self, site: Site) -> Tensor | None:
+        """Return a copy of what a convolution adds to its output channels, float32; None where a run computes it."""
+        return conv_bias(self._prunable(site).products[0].node, self._constants)
+
+    def shift(self, site: Site, amount: Tensor) -> str:
+        """Add `amount` (output channels) to what a convolution computes, and say where it was put.
+
+        In its bias; without one, in the mean of a BatchNormalization that alone reads it; else in a new bias.
+
+        Raises:
+            ModelError: the site is refused, or its bias is computed by the run.
+        """
+        where, value = shift_conv(self._model, self._prunable(site).products[0].node, amount, self._constants)
+        self._constants.add(value)
+        self._runner.forget()
+        return where
+
     def enter(self, batch: Any) -> Values:
         """Turn one batch (a mapping by input name, a sequence in their order, or the only tensor) into live values.
 
@@ -128,19 +145,30 @@ class OnnxGraph:
     ) -> Values:
         """Run one segment in ONNX Runtime and return the values alive after it. `values` is not modified.
 
-        `weights` maps site names to (groups, out, in) tensors used instead of the model's own. Without gradient, and
-        a session is built for each call that has them.
+        `weights` maps site names to (groups, out, in) tensors used instead of the model's own, without gradient; the
+        session built for them lasts as long as the same tensors are given.
 
         Raises:
             ModelError: ONNX Runtime cannot load or run the segment.
         """
         piece = self._pieces[index]
-        made = self._runner.run(piece, values, observe is not None, weights or {})
+        made = self._runner.run(piece, values, observe is not None, weights)
         if observe is not None:
             for watched in piece.watched:
                 x = made[watched.value] if watched.value in made else values[watched.value]
                 observe(watched.reads, read_rows(watched, x))
         return {name: value for name, value in {**values, **made}.items() if name in piece.alive_after}
+
+    def peek(self, index: int, values: Values, names: Sequence[str]) -> tuple[Values, dict[str, Tensor]]:
+        """Run one segment and return the values alive after it, and the values called `names` made inside it.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load or run the segment.
+        """
+        piece = self._pieces[index]
+        made = self._runner.run(piece, values, inner=names)
+        after = {name: value for name, value in {**values, **made}.items() if name in piece.alive_after}
+        return after, {name: made[name] for name in names}
 
     def outputs(self, values: Values) -> tuple[Tensor, ...]:
         """Return the model's output tensors in order; a sequence gives its tensors, strings are left out."""

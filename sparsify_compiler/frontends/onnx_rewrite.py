@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import onnx_ir
+import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import ModelError
@@ -40,8 +41,7 @@ def put_problem(model: onnx_ir.Model, found: FoundSite, weight: Tensor, constant
             product_of[value] = product
     # Cast before the first replacement: a product's old value is gone afterwards.
     tensors = {value: _native(product, weight, constants) for value, product in product_of.items()}
-    listed = (model.ir_version or FIRST_IR_WITH_FREE_INITIALISERS) < FIRST_IR_WITH_FREE_INITIALISERS
-    return [put_tensor(model.graph, uses[value], tensors[value], listed) for value in uses]
+    return [put_tensor(model.graph, uses[value], tensors[value], _listed(model)) for value in uses]
 
 
 def put_tensor(
@@ -74,6 +74,80 @@ def put_tensor(
     if listed:
         graph.inputs.append(new)
     return new
+
+
+def conv_bias(node: onnx_ir.Node, constants: Constants) -> Tensor | None:
+    """Return a copy of the bias of a Conv, float32 (zeros without one); None where a run computes it."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        weight = constants.describe(_required(node, 1))
+        assert weight is not None
+        return torch.zeros(weight[1][0])
+    if value not in constants:
+        return None
+    return torch.from_numpy(constants.tensor(value).numpy().astype("float32"))
+
+
+def shift_conv(
+    model: onnx_ir.Model, node: onnx_ir.Node, amount: Tensor, constants: Constants
+) -> tuple[str, onnx_ir.Value]:
+    """Add `amount` (output channels) to what a Conv computes; say where, and return the changed initialiser.
+
+    `model` is modified: the bias; without one the mean of a BatchNormalization that alone reads the output; else a
+    new bias.
+
+    Raises:
+        ModelError: the bias is computed by the run.
+    """
+    bias = conv_bias(node, constants)
+    if bias is None:
+        raise ModelError(f"{node.op_type} {node.name!r}: its bias is computed by the run and cannot be corrected")
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return "bias", _put_vector(model, node, 2, bias + amount, constants)
+    users = node.outputs[0].uses()
+    norm = next((user for user, index in users if index == 0), None)
+    if norm is not None and len(users) == 1 and not node.outputs[0].is_graph_output() and _fixed_norm(norm, constants):
+        mean = torch.from_numpy(constants.tensor(_required(norm, 3)).numpy().astype("float32"))
+        return f"mean of {norm.name or norm.op_type}", _put_vector(model, norm, 3, mean - amount, constants)
+    node.resize_inputs(3)
+    return "new bias", _put_vector(model, node, 2, amount, constants)
+
+
+def _fixed_norm(node: onnx_ir.Node, constants: Constants) -> bool:
+    if node.op_type != "BatchNormalization" or node.attributes.get_int("training_mode", 0) == 1:
+        return False
+    return len(node.outputs) == 1 and len(node.inputs) == 5 and node.inputs[3] in constants
+
+
+def _put_vector(
+    model: onnx_ir.Model, node: onnx_ir.Node, index: int, vector: Tensor, constants: Constants
+) -> onnx_ir.Value:
+    old = node.inputs[index]
+    known = constants.describe(old if old is not None else _required(node, 1))
+    assert known is not None
+    tensor = onnx_ir.Tensor(vector.detach().cpu().float().numpy().astype(known[0].numpy()), dtype=known[0])
+    listed = _listed(model)
+    if old is not None:
+        return put_tensor(model.graph, [(node, index)], tensor, listed)
+    name = _free_name(model.graph, f"{_required(node, 1).name}_bias")
+    tensor.name = name
+    shape = onnx_ir.Shape(vector.shape)
+    new = onnx_ir.Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    node.replace_input_with(index, new)
+    model.graph.register_initializer(new)
+    if listed:
+        model.graph.inputs.append(new)
+    return new
+
+
+def _required(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _listed(model: onnx_ir.Model) -> bool:
+    return (model.ir_version or FIRST_IR_WITH_FREE_INITIALISERS) < FIRST_IR_WITH_FREE_INITIALISERS
 
 
 def _native(product: Product, weight: Tensor, constants: Constants) -> onnx_ir.TensorProtocol:

@@ -107,13 +107,16 @@ def read_rows(watched: Watched, x: Tensor) -> Tensor:
     return x
 
 
-def extract_piece(model: onnx_ir.Model, piece: Piece, values: Mapping[str, Any]) -> onnx_ir.Model:
+def extract_piece(
+    model: onnx_ir.Model, piece: Piece, values: Mapping[str, Any], inner: Sequence[str] = ()
+) -> onnx_ir.Model:
     """Return `piece` as a model of its own: same operator sets, functions and names, tensors shared with `model`.
 
-    Its inputs have the types of `values`; its outputs are what the piece makes and what its sites read.
+    Its inputs have the types of `values`; its outputs are what the piece makes, what its sites
+    read, and the `inner` values.
     """
     seen = [each.value for each in piece.watched if each.value in piece.inside]
-    outputs = dict.fromkeys((*piece.makes, *seen))
+    outputs = dict.fromkeys((*piece.makes, *seen, *inner))
     graph = onnx_ir.convenience.extract(model.graph, inputs=list(piece.needs), outputs=list(outputs))
     for value in graph.inputs:
         assert value.name is not None

@@ -107,6 +107,36 @@ def test_one_session_is_built_per_segment_and_set_of_weights(monkeypatch: pytest
     assert built == ["segment 'model.layers.0'", "segment 'model.layers.1'"]
 
 
+def test_replaced_weights_keep_their_session_while_they_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    original = onnx_runner.open_model
+
+    def counted(model: Any, what: str) -> Any:
+        built.append(what)
+        return original(model, what)
+
+    monkeypatch.setattr(onnx_runner, "open_model", counted)
+    graph = load(blocks(1))
+    values = graph.enter(block_batch())
+    replaced = {graph.sites[0].name: graph.weight(graph.sites[0])}
+    for _ in range(3):
+        graph.run_segment(0, values)
+        first = graph.run_segment(0, values, weights=replaced)
+    assert len(built) == 2, "one session for the model's own weights, one for the replaced ones"
+    replaced[graph.sites[0].name].zero_()
+    second = graph.run_segment(0, values, weights=replaced)
+    assert not torch.equal(first["y"], second["y"]), "a change in place is seen"
+
+
+def test_values_inside_a_segment_can_be_looked_at() -> None:
+    proto = blocks(1)
+    graph = load(proto)
+    after, made = graph.peek(0, graph.enter(block_batch()), ["d0", "m0"])
+    assert set(after) == {"y"}
+    expected = reference(proto, block_batch(), ["d0", "m0"])
+    torch.testing.assert_close([made["d0"], made["m0"]], expected, **FUSED)
+
+
 def test_a_model_too_large_for_one_message_runs_through_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_runner, "LARGEST_INLINE_BYTES", 100)
     proto = blocks(1)
