@@ -18,7 +18,7 @@ from sparsify_compiler.export.report_text import render_report, verification_wor
 from sparsify_compiler.options import Options
 from sparsify_compiler.workspace import Workspace
 
-RESUME = "finished segments are kept: give the same command with --resume to go on"
+RESUME = "segments that were finished are kept: give the same command with --resume to go on"
 
 
 def compile_verb(
