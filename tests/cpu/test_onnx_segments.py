@@ -116,7 +116,7 @@ def test_replaced_weights_keep_their_session_while_they_stay_the_same(monkeypatc
         return original(model, what)
 
     monkeypatch.setattr(onnx_runner, "open_model", counted)
-    graph = load(blocks(1))
+    graph = load(blocks(2))
     values = graph.enter(block_batch())
     replaced = {graph.sites[0].name: graph.weight(graph.sites[0])}
     for _ in range(3):
@@ -125,14 +125,14 @@ def test_replaced_weights_keep_their_session_while_they_stay_the_same(monkeypatc
     assert len(built) == 2, "one session for the model's own weights, one for the replaced ones"
     replaced[graph.sites[0].name].zero_()
     second = graph.run_segment(0, values, weights=replaced)
-    assert not torch.equal(first["y"], second["y"]), "a change in place is seen"
+    assert not torch.equal(first["h1"], second["h1"]), "a change in place is seen"
 
 
 def test_values_inside_a_segment_can_be_looked_at() -> None:
-    proto = blocks(1)
+    proto = blocks(2)
     graph = load(proto)
     after, made = graph.peek(0, graph.enter(block_batch()), ["d0", "m0"])
-    assert set(after) == {"y"}
+    assert set(after) == {"h1", "wide"}
     expected = reference(proto, block_batch(), ["d0", "m0"])
     torch.testing.assert_close([made["d0"], made["m0"]], expected, **FUSED)
 
