@@ -160,5 +160,7 @@ def _shape(node: onnx_ir.Node, index: int, constants: Constants) -> tuple[int, .
 def _is_table(node: onnx_ir.Node, constants: Constants) -> bool:
     value = node.inputs[0]
     assert value is not None
+    if len(stored_shape(value, constants)) != 2:
+        return False
     known = constants.describe(value)
-    return known is not None and known[0] in _PRUNABLE_DTYPES and len(known[1]) == 2
+    return known is not None and known[0] in _PRUNABLE_DTYPES

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def put_problem(model: onnx_ir.Model, found: FoundSite, weight: Tensor, constant
     whole. Returns the initialisers that hold the weight now.
 
     Raises:
-        ModelError: `weight` has another shape.
+        ModelError: `weight` has another shape, or numbers too large for the model's dtype.
     """
     site = found.site
     asked = (site.groups, site.out, site.in_)
@@ -40,7 +41,7 @@ def put_problem(model: onnx_ir.Model, found: FoundSite, weight: Tensor, constant
             uses.setdefault(value, []).append((node, product.index))
             product_of[value] = product
     # Cast before the first replacement: a product's old value is gone afterwards.
-    tensors = {value: _native(product, weight, constants) for value, product in product_of.items()}
+    tensors = {value: _native(site.name, product, weight, constants) for value, product in product_of.items()}
     return [put_tensor(model.graph, uses[value], tensors[value], _listed(model)) for value in uses]
 
 
@@ -150,13 +151,18 @@ def _listed(model: onnx_ir.Model) -> bool:
     return (model.ir_version or FIRST_IR_WITH_FREE_INITIALISERS) < FIRST_IR_WITH_FREE_INITIALISERS
 
 
-def _native(product: Product, weight: Tensor, constants: Constants) -> onnx_ir.TensorProtocol:
+def _native(name: str, product: Product, weight: Tensor, constants: Constants) -> onnx_ir.TensorProtocol:
     known = constants.describe(product.weight)
     assert known is not None
     assert product.layout is not None
     dtype, shape = known
-    native = from_problem(weight.detach().cpu().float(), product.layout, shape)
-    return onnx_ir.Tensor(native.numpy().astype(dtype.numpy()), dtype=dtype)
+    native = from_problem(weight.detach().cpu().float(), product.layout, shape).numpy()
+    with np.errstate(over="ignore"):  # looked at below, and said with the layer's name
+        cast = native.astype(dtype.numpy())
+    if not np.isfinite(cast.astype(np.float32)).all():
+        largest = float(np.abs(native).max())
+        raise ModelError(f"layer {name!r}: a new weight of size {largest:.3g} does not fit {dtype.name.lower()}")
+    return onnx_ir.Tensor(cast, dtype=dtype)
 
 
 def _free_name(graph: onnx_ir.Graph, wanted: str) -> str:

@@ -381,3 +381,11 @@ def test_a_weight_of_another_shape_is_an_error() -> None:
     graph = load(matmul())
     with pytest.raises(ModelError, match=r"asked for a weight \(groups, out, in\) \(1, 6, 5\), found \(1, 5, 6\)"):
         graph.set_weight(graph.sites[0], torch.zeros(1, 5, 6))
+
+
+def test_a_number_too_large_for_float16_is_an_error() -> None:
+    kind = TensorProto.FLOAT16
+    weights = {"w": array(4, 6).astype(np.float16)}
+    graph = load(model([node("MatMul", ["x", "w"], ["y"])], [("x", kind, (2, 4))], [("y", kind, (2, 6))], weights))
+    with pytest.raises(ModelError, match=r"layer 'w': a new weight of size 1e\+05 does not fit float16"):
+        graph.set_weight(graph.sites[0], torch.full((1, 6, 4), 1e5))
