@@ -13,8 +13,8 @@ LARGEST_DAMP = 1.0
 FIRST_RIDGE, LARGEST_RIDGE = 1e-8, 1e-2
 """Ridge of the exact solve, as a share of the unit diagonal: raised a hundredfold where a factorisation fails."""
 
-CHUNK_ENTRIES = 1 << 19
-"""Entries of a chunk of rows: five float32 buffers of a chunk stay near the caches, and memory stays bounded."""
+REFRESH = 15
+"""Iterations after which float64 recomputes the gradient: more, and float32 forgets the directions it came from."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ class MaskedLeastSquares:
         diagonal = self.gram.diagonal()
         return torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt(), 0.0)
 
+    def rows(self, rows: slice | Tensor) -> "MaskedLeastSquares":
+        """Return the problem of some rows."""
+        return MaskedLeastSquares(self.gram, self.moment[rows], self.keep[rows], self.start[rows])
+
     def gradient(self, weight: Tensor) -> Tensor:
         """Return b − Gŵ on the kept entries, 0 elsewhere: minus half the gradient at `weight` (out, in) float64."""
         return (self.moment - weight @ self.gram).mul_(self.keep)
@@ -111,20 +115,19 @@ class MaskedSolution:
     ridge: float = 0.0
 
 
-def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-8, most_iterations: int = 200) -> MaskedSolution:
+def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-6, most_iterations: int = 150) -> MaskedSolution:
     """Solve by conjugate gradients on the mask, all rows at once with a step size each, Jacobi preconditioned.
 
-    Products run in float32 on the gradient's remainder, which float64 recomputes after every descent (iterative
-    refinement), so that the stated relative gradient is a float64 one. Rows that need more than `most_iterations` in
-    all come back short of `tolerance`; `relative_gradient` tells which.
+    Products run in float32; every 15 iterations float64 recomputes the gradient, and the search directions carry on
+    from it, so that the `relative_gradient` returned is a float64 one. Rows that need more than `most_iterations`
+    come back short of `tolerance`.
     """
     scale = problem.scale()
     scaled = (problem.gram * scale[:, None] * scale).float()
-    rows, in_ = problem.keep.shape
-    chunk = max(CHUNK_ENTRIES // in_, 64)
+    chunk = chunk_rows(problem.keep.shape[1])
     parts = [
-        _solve_rows(_rows(problem, slice(first, first + chunk)), scale, scaled, tolerance, most_iterations)
-        for first in range(0, rows, chunk)
+        _descend(problem.rows(slice(first, first + chunk)), scale, scaled, tolerance, most_iterations)
+        for first in range(0, len(problem.keep), chunk)
     ]
     return MaskedSolution(
         torch.cat([part.weight for part in parts]),
@@ -133,46 +136,37 @@ def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-8, most_i
     )
 
 
-def _rows(problem: MaskedLeastSquares, rows: slice | Tensor) -> MaskedLeastSquares:
-    return MaskedLeastSquares(problem.gram, problem.moment[rows], problem.keep[rows], problem.start[rows])
-
-
-def _solve_rows(
+def _descend(
     problem: MaskedLeastSquares, scale: Tensor, scaled: Tensor, tolerance: float, most_iterations: int
 ) -> MaskedSolution:
-    weight = problem.start.double()
-    keep = problem.keep.float()
-    target = _norm(problem.moment * problem.keep * scale).clamp_min(torch.finfo(torch.float64).tiny)
-    remainder = problem.gradient(weight) * scale
-    size = _norm(remainder)
-    iterations = 0
-    while iterations < most_iterations and bool((size > tolerance * target).any()):
-        unit = size.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        goal = (tolerance * target / unit[:, 0]).clamp_max(1.0).float()
-        step, spent = _descend(scaled, (remainder / unit).float(), keep, goal, most_iterations - iterations)
-        weight += step.double() * unit * scale
-        iterations += spent
-        remainder = problem.gradient(weight) * scale
-        size = _norm(remainder)
-    return MaskedSolution(weight, size / target, iterations)
-
-
-def _descend(matrix: Tensor, remainder: Tensor, keep: Tensor, goal: Tensor, most: int) -> tuple[Tensor, int]:
-    """Run conjugate gradients from zero until every row's ‖remainder‖ is below `goal` (rows,); changes `remainder`."""
-    step, direction, product = torch.zeros_like(remainder), remainder.clone(), torch.empty_like(remainder)
+    tiny = torch.finfo(torch.float64).tiny
+    weight, keep = problem.start.double(), problem.keep.float()
+    target = _norm(problem.moment * problem.keep * scale).clamp_min(tiny)
+    gradient = problem.gradient(weight) * scale
+    # float32 sees every row's gradient in units of its first length, so that nothing underflows.
+    unit = _norm(gradient).clamp_min(tiny)[:, None]
+    goal = (tolerance * target / unit[:, 0]).clamp_max(1.0).square().float()
+    remainder = (gradient / unit).float()
+    direction, step, product = remainder.clone(), torch.zeros_like(remainder), torch.empty_like(remainder)
     squared = _dot(remainder, remainder)
-    for iteration in range(1, most + 1):
-        torch.mm(direction, matrix, out=product).mul_(keep)
+    iteration = 0
+    while iteration < most_iterations and bool((squared > goal).any()):
+        iteration += 1
+        torch.mm(direction, scaled, out=product).mul_(keep)
         curvature = _dot(direction, product)
         # Rounding can leave no curvature in a direction without data: that row stands still and is told by its size.
         length = torch.where(curvature > 0, squared / curvature, 0.0)[:, None]
         step.addcmul_(length, direction)
         remainder.addcmul_(length, product, value=-1)
         previous, squared = squared, _dot(remainder, remainder)
-        if iteration % 5 == 0 and bool((squared <= goal * goal).all()):
-            return step, iteration
+        if iteration % REFRESH == 0 or iteration == most_iterations or bool((squared <= goal).all()):
+            weight += step.double() * unit * scale
+            step.zero_()
+            gradient = problem.gradient(weight) * scale
+            remainder = (gradient / unit).float()
+            squared = _dot(remainder, remainder)
         torch.addcmul(remainder, torch.where(previous > 0, squared / previous, 0.0)[:, None], direction, out=direction)
-    return step, most
+    return MaskedSolution(weight, _norm(gradient) / target, iteration)
 
 
 def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
@@ -219,9 +213,14 @@ def _factor_with_ridge(matrix: Tensor) -> tuple[Tensor, float]:
         ridge *= 100
 
 
+def chunk_rows(in_: int) -> int:
+    """Return how many rows to work on at once: five float32 buffers stay near the caches, and memory is bounded."""
+    return max((1 << 19) // in_, 64)
+
+
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
 
 
 def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1)
+    return rows.square().sum(dim=1).sqrt()

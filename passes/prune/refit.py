@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError, SingularGramError
 from sparsify_compiler.passes.prune.algebra import (
-    CHUNK_ENTRIES,
+    FIRST_RIDGE,
     MaskedLeastSquares,
     MaskedSolution,
+    chunk_rows,
     require_finite,
     solve_masked_cg,
     solve_masked_exactly,
@@ -19,8 +19,8 @@ from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution
 SMALL = 128
 """Up to this many inputs a row's exact factorisation costs less than the iterations."""
 
-TOLERANCE = 1e-8
-"""Relative gradient to reach: its excess loss lies below what rounding the weight to float32 costs."""
+TOLERANCE = 1e-6
+"""Relative gradient to reach. Over SmolLM2-135M's layers at 2:4 the loss then exceeds the optimum by at most 5e-9."""
 
 
 def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
@@ -28,7 +28,7 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
 
     Without `problem.targets`, X_dense = X. A row is replaced only where its loss falls, so the result is never worse.
     Conjugate gradients in general; a Cholesky factor a row for up to 128 inputs and for rows that the iterations
-    leave short of a relative gradient of 1e-8, which `notes` then says. Without a Gram matrix the solution comes
+    leave short of a relative gradient of 1e-6, which `notes` then says. Without a Gram matrix the solution comes
     back unchanged, with a note. `stats` gain "iterations", "relative_gradient" (largest of all rows, float64, before
     the weight is rounded to float32) and "exact_rows".
 
@@ -47,8 +47,13 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     weight, kept_rows = _better_rows(least_squares, solved)
     loss = problem.loss(weight)
     notes = [*solution.notes]
-    if exact_rows and len(problem.gram.matrix) > SMALL:
-        notes.append(f"refit: {exact_rows} ill-conditioned rows were solved with a Cholesky factor each")
+    if exact_rows and solved.iterations:
+        notes.append(
+            f"refit: {exact_rows} rows were ill-conditioned (above {TOLERANCE:g} after {solved.iterations} iterations) "
+            "and were solved with a Cholesky factor each"
+        )
+    if solved.ridge > FIRST_RIDGE:
+        notes.append(f"refit: the Gram matrix is singular on the kept columns: ridge raised to {solved.ridge:g}")
     if kept_rows:
         notes.append(f"refit: {kept_rows} of {len(weight)} rows were already optimal to rounding and stay as selected")
     stats = {
@@ -76,8 +81,7 @@ def _solve(problem: MaskedLeastSquares) -> tuple[MaskedSolution, int]:
     left = (solved.relative_gradient > TOLERANCE).nonzero()[:, 0]
     if not len(left):
         return solved, 0
-    start = solved.weight[left]
-    rest = solve_masked_exactly(MaskedLeastSquares(problem.gram, problem.moment[left], problem.keep[left], start))
+    rest = solve_masked_exactly(replace(problem.rows(left), start=solved.weight[left]))
     return (
         MaskedSolution(
             solved.weight.index_copy(0, left, rest.weight),
@@ -95,12 +99,12 @@ def _better_rows(problem: MaskedLeastSquares, solved: MaskedSolution) -> tuple[T
     For d = new − start the loss changes by −dᵀ(r_start + r_new), r = b − Gŵ: no difference of large numbers.
     """
     weight = solved.weight.float().masked_fill_(~problem.keep, 0.0)
-    chunk = max(CHUNK_ENTRIES // weight.shape[1], 64)
+    chunk = chunk_rows(weight.shape[1])
     taken_back = 0
     for first in range(0, len(weight), chunk):
         rows = slice(first, first + chunk)
         start, new = problem.start[rows].double(), weight[rows].double()
-        part = MaskedLeastSquares(problem.gram, problem.moment[rows], problem.keep[rows], problem.start[rows])
+        part = problem.rows(rows)
         change = -((new - start) * (part.gradient(start) + part.gradient(new))).sum(dim=1)
         worse = ~(change < 0)
         taken_back += int(worse.sum())

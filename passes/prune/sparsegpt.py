@@ -148,9 +148,8 @@ def _choose_entries(columns: Tensor, factor: Tensor, dead: Tensor, count: int) -
 
 def _choose_tiles(pattern: Block, columns: Tensor, factor: Tensor, count: int) -> Tensor:
     """Remove `count` tiles: removing w_T and making up for it costs ‖w_T U_TT⁻¹‖² when later columns are free."""
-    width, out = columns.shape
     errors = torch.empty_like(columns)
-    for start in range(0, width, pattern.cols):
+    for start in range(0, len(columns), pattern.cols):
         tile = slice(start, start + pattern.cols)
         errors[tile] = torch.linalg.solve_triangular(factor[tile, tile].t(), columns[tile], upper=False)
     scores = pattern.pool(errors.t().double().square())  # (out / rows, width / cols)
