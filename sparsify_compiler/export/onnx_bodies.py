@@ -32,7 +32,7 @@ from sparsify_compiler.runtime.formats import packed_tensors
 DOMAIN = "ai.sparsify"
 DOMAIN_VERSION = 1
 LEAST_OPSET = 11
-"""The first opset with the operators of the bodies (BitShift, CumSum, GatherElements)."""
+"""The first opset with the operators of the bodies (CumSum, GatherElements)."""
 
 _ATTRIBUTE_AS_TENSOR = 12  # Constant(value_int=...)
 _CAST_LIKE = 15
@@ -144,15 +144,18 @@ class _Body:
 
 
 def _bits(body: _Body, mask: onnx_ir.Value, columns: onnx_ir.Value) -> onnx_ir.Value:
-    """Spread `mask` (rows, bytes) uint8 into (rows, columns) int32 of 0 and 1, lowest bit first."""
-    column = body.add("Reshape", [mask, body.integers("one_byte_shape", 0, -1, 1)], "bytes")
-    places = body.constant("places", np.arange(8, dtype=np.uint8))
-    right = onnx_ir.AttrString("direction", "RIGHT")
-    shifted = body.add("BitShift", [column, places], "shifted", right)  # (rows, bytes, 8)
-    bits = body.add("Mod", [shifted, body.constant("two", np.array(2, np.uint8))], "bits")
-    numbers = body.add("Cast", [bits], "bit_numbers", onnx_ir.AttrInt64("to", int(onnx_ir.DataType.INT32)))
-    rows = body.add("Reshape", [numbers, body.integers("row_shape", 0, -1)], "bit_rows")
-    return _first(body, rows, columns, 1, "keep")
+    """Spread `mask` (rows, bytes) uint8 into (rows, columns) int32 of 0 and 1, lowest bit first.
+
+    A table of the bits of every byte: one copy of eight entries a byte, where shifting and masking pass over all
+    entries three times (and decide how long a large model takes to load).
+    """
+    bytes_ = np.arange(256, dtype=np.uint8)[:, np.newaxis]
+    table = body.constant("bits_of_byte", bytes_ >> np.arange(8, dtype=np.uint8) & 1)  # (256, 8)
+    int32 = onnx_ir.AttrInt64("to", int(onnx_ir.DataType.INT32))
+    index = body.add("Cast", [mask], "mask_index", int32)
+    spread = body.add("Gather", [table, index], "bits", onnx_ir.AttrInt64("axis", 0))  # (rows, bytes, 8)
+    rows = body.add("Reshape", [spread, body.integers("row_shape", 0, -1)], "bit_rows")
+    return body.add("Cast", [_first(body, rows, columns, 1, "keep_bits")], "keep", int32)
 
 
 def _first(body: _Body, x: onnx_ir.Value, count: onnx_ir.Value, axis: int, name: str) -> onnx_ir.Value:

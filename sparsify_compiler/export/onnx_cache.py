@@ -6,6 +6,8 @@ vocabulary), present.{i}.key and .value (batch, heads, past + sequence, head siz
 first call on a prompt; the presents of one call are the pasts of the next.
 """
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
@@ -13,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sparsify_compiler.batches import Batch
+from sparsify_compiler.batches import Batch, forward_inputs
 from sparsify_compiler.errors import ExportError
 from sparsify_compiler.export.onnx_torch import DenseExport, name_axes, to_onnx
+from sparsify_compiler.export.onnx_verify import compare, verify
+from sparsify_compiler.export.report import Verification
 from sparsify_compiler.frontends.onnx_names import SCOPES
 from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES, evaluating
+from sparsify_compiler.runtime.ort import run, session
 
 _PAST = 5
 _SEQUENCE = 3
@@ -78,6 +83,39 @@ def empty_past(model: onnx_ir.Model, batch_size: int) -> dict[str, npt.NDArray[n
     return empty
 
 
+def verify_with_cache(
+    path: Path, model: onnx_ir.Model, batch: Batch, expected: Tensor, tolerance: float
+) -> Verification:
+    """Run the file at `path` twice, a prompt on an empty past and the rest on its presents, and compare the logits.
+
+    `expected` are the logits (batch, sequence, vocabulary) of the module's own run over the whole of `batch`; `model`
+    is what the file holds. A batch of one token is run at once.
+
+    Raises:
+        VerificationError: as `verify`.
+    """
+    arrays = {name: tensor.cpu().numpy() for name, tensor in _named(batch).items()}
+    samples, length = arrays["input_ids"].shape
+    prompt = max(length // 2, 1)
+    first = {name: array[:, :prompt] for name, array in arrays.items()} | empty_past(model, samples)
+    if length == prompt:
+        return verify(path, first, [expected], tolerance)
+    start = verify(path, first, [expected[:, :prompt]], tolerance)
+    if not start.ran:
+        return start
+    opened = session(path)
+    presents = {
+        name.replace("present.", "past_key_values."): array
+        for name, array in run(opened, first).items()
+        if name.startswith("present.")
+    }
+    # The mask of the second call covers past and new tokens, the ids are the new ones alone.
+    rest = arrays | {"input_ids": arrays["input_ids"][:, prompt:]} | presents
+    logits = next(iter(run(opened, rest).values()))
+    end = compare(f"{path.name} with its cache", [logits], [expected[:, prompt:]], tolerance)
+    return max(start, end, key=lambda verification: verification.difference or 0.0)
+
+
 class _WithCache(nn.Module):
     """The decoder as a function of tensors alone."""
 
@@ -100,7 +138,7 @@ class _WithCache(nn.Module):
 
 def _read_batch(module: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     """Return example ids (2, past + sequence) of the batch's own vocabulary, and whether a mask is given."""
-    named = batch if isinstance(batch, dict) else {"input_ids": batch if isinstance(batch, Tensor) else batch[0]}
+    named = _named(batch)
     if unknown := sorted(set(named) - {"input_ids", "attention_mask"}):
         raise ExportError(
             f"{type(module).__name__} with a key-value cache takes input_ids and attention_mask; found {unknown[0]!r}; "
@@ -113,12 +151,20 @@ def _read_batch(module: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     return ids.repeat(repeats)[: 2 * (_PAST + _SEQUENCE)].reshape(2, -1), "attention_mask" in named
 
 
+def _named(batch: Batch) -> dict[str, Tensor]:
+    if isinstance(batch, dict):
+        return batch
+    return {"input_ids": batch if isinstance(batch, Tensor) else batch[0]}
+
+
 def _example_past(module: nn.Module, ids: Tensor) -> list[Tensor]:
     """Run a prefix and return its keys and values, layer after layer, each (2, heads, past, head size)."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    found = getattr(module(input_ids=ids[:, :_PAST], past_key_values=cache, use_cache=True), "past_key_values", None)
+    found: object = None
+    if {"input_ids", "past_key_values", "use_cache"} <= {spec.name for spec in forward_inputs(module)}:
+        output = module(input_ids=ids[:, :_PAST], past_key_values=DynamicCache(), use_cache=True)
+        found = getattr(output, "past_key_values", None)
     if not isinstance(found, DynamicCache) or not found.layers:
         raise ExportError(
             f"{type(module).__name__} does not keep its keys and values in transformers' DynamicCache "

@@ -1,6 +1,6 @@
 """From a pruned model to a checked ONNX file: export or take the graph, pack it, write it, run it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,13 +8,14 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.batches import Batch, call, named_tensors, sample_count
-from sparsify_compiler.export.onnx_cache import empty_past, export_with_cache, is_decoder_without_cache
+from sparsify_compiler.batches import Batch, call
+from sparsify_compiler.export.onnx_cache import export_with_cache, is_decoder_without_cache, verify_with_cache
 from sparsify_compiler.export.onnx_pack import Flavour, pack_model
-from sparsify_compiler.export.onnx_sites import SiteMask, site_products, site_weights
+from sparsify_compiler.export.onnx_sites import SiteMask, match_sites, site_weights
 from sparsify_compiler.export.onnx_torch import export_torch
-from sparsify_compiler.export.onnx_verify import TOLERANCES, verify, write_onnx
+from sparsify_compiler.export.onnx_verify import tolerance_for, verify, write_onnx
 from sparsify_compiler.export.report import FileReport, Verification
+from sparsify_compiler.frontends.torch_trace import evaluating
 from sparsify_compiler.pattern import Pattern
 
 
@@ -63,14 +64,15 @@ def write_torch_onnx(
             "the ONNX file has no key-value cache: every generated token recomputes the whole prefix; export with "
             "--kv-cache to generate text"
         )
-    with torch.no_grad():
+    with evaluating(module), torch.no_grad():
         expected = call(module, batch)
-    feeds: dict[str, object] = {}
-    if kv_cache:
-        feeds = {**dict(named_tensors(_named_ids(batch))), **empty_past(exported.model, sample_count(batch))}
-        expected = expected[:1]
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return _write(exported.model, path, sites, flavour, feeds or batch, expected, TOLERANCES[dtype], notes)
+
+    def check(tolerance: float) -> Verification:
+        if kv_cache:
+            return verify_with_cache(path, exported.model, batch, expected[0], tolerance)
+        return verify(path, batch, expected, tolerance)
+
+    return _write(exported.model, path, sites, flavour, check, notes)
 
 
 def write_packed_onnx(
@@ -88,7 +90,7 @@ def write_packed_onnx(
     Raises:
         ExportError, VerificationError: as `write_torch_onnx`.
     """
-    return _write(model, path, sites, flavour, batch, expected, TOLERANCES[torch.float32], [])
+    return _write(model, path, sites, flavour, lambda tolerance: verify(path, batch, expected, tolerance), [])
 
 
 def _write(
@@ -96,26 +98,17 @@ def _write(
     path: Path,
     sites: Mapping[str, OnnxSite],
     flavour: Flavour,
-    feeds: object,
-    expected: Sequence[Tensor],
-    tolerance: float,
+    check: Callable[[float], Verification],
     notes: list[str],
 ) -> WrittenOnnx:
-    products = site_products(model)
+    masks = {name: site.mask() for name, site in sites.items()}
+    products = match_sites(model, masks)
     missing = [name for name in sites if name not in products]
     forms = dict.fromkeys(missing, "dense zeros (torch's exporter wrote the product in another form)")
     notes.extend(f"{name}: not found in the exported ONNX graph; its weight is dense zeros there" for name in missing)
-    masks = {name: site.mask() for name, site in sites.items() if name in products}
-    packed = pack_model(model, site_weights(model, products, masks), flavour)
+    packed = pack_model(model, site_weights(model, products, {name: masks[name] for name in products}), flavour)
     forms.update({form.name: str(form) for form in packed.sites})
     written = write_onnx(packed.model, path, packed.saved_bytes)
     if written.objection is not None:
         notes.append(f"ONNX's checker objects to {path.name}: {written.objection}")
-    verification = verify(path, feeds, expected, tolerance)  # type: ignore[arg-type]  # a batch, or arrays by name
-    return WrittenOnnx(written.files, verification, forms, (*notes, *packed.notes))
-
-
-def _named_ids(batch: Batch) -> dict[str, Tensor]:
-    if isinstance(batch, dict):
-        return batch
-    return {"input_ids": batch if isinstance(batch, Tensor) else batch[0]}
+    return WrittenOnnx(written.files, check(tolerance_for(packed.model)), forms, (*notes, *packed.notes))

@@ -12,9 +12,8 @@ from torch import Tensor
 from sparsify_compiler.errors import ExportError
 from sparsify_compiler.export.onnx_pack import SiteWeight
 from sparsify_compiler.frontends.layout import to_problem
-from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.frontends.onnx_constants import Constants
-from sparsify_compiler.frontends.onnx_products import Product, find_products
+from sparsify_compiler.frontends.onnx_products import Product
 from sparsify_compiler.frontends.onnx_sites import find_sites
 from sparsify_compiler.graph import ConvLayout
 from sparsify_compiler.pattern import Pattern
@@ -36,40 +35,25 @@ def site_products(model: onnx_ir.Model) -> dict[str, tuple[Product, ...]]:
     }
 
 
-def graph_products(graph: OnnxGraph) -> dict[str, tuple[Product, ...]]:
-    """List the products of every prunable site of a loaded ONNX graph, in `graph.model`, by the site's name."""
-    constants = Constants(graph.model)
-    return {
-        site.name: tuple(
-            product
-            for node, index in graph.products(site.name)
-            for product in find_products(node, constants, ())
-            if product.index == index
-        )
-        for site in graph.sites
-        if site.refusal is None
-    }
+def match_sites(model: onnx_ir.Model, masks: Mapping[str, SiteMask]) -> dict[str, tuple[Product, ...]]:
+    """Find the products of every pruned site in the graph that holds its weight, zeros included.
 
-
-def match_sites(model: onnx_ir.Model, weights: Mapping[str, Tensor]) -> dict[str, tuple[Product, ...]]:
-    """Find the sites of a torch module in the graph its exporter wrote; `weights` (groups, out, in) by site name.
-
-    A site is found by its name and confirmed by its numbers, or by its numbers alone: equal, up to rounding and a
-    factor per output, because the exporter folds a BatchNorm into the convolution before it and then calls both by
-    the BatchNorm's name. Sites that are not in the graph are left out.
+    A site is found by its name and confirmed by its zeros, or by its zeros alone: torch's exporter folds a BatchNorm
+    into the convolution before it and then gives both the BatchNorm's name, and may drop the names of others. Sites
+    that are not in the graph are left out.
     """
     constants, products = Constants(model), site_products(model)
+    free = dict(products)
     matched: dict[str, tuple[Product, ...]] = {}
-    for name, weight in weights.items():
-        if name in products and _same_rows(read_weight(products[name][0], constants), weight):
-            matched[name] = products[name]
-    for name, weight in weights.items():
+    for name, mask in masks.items():
+        if name in products and _obeys(read_weight(products[name][0], constants), mask.keep):
+            matched[name] = free.pop(name)
+    for name, mask in masks.items():
         if name in matched:
             continue
-        taken = set(matched.values())
-        for candidate in products.values():
-            if candidate not in taken and _same_rows(read_weight(candidate[0], constants), weight):
-                matched[name] = candidate
+        for other, candidate in free.items():
+            if _obeys(read_weight(candidate[0], constants), mask.keep):
+                matched[name] = free.pop(other)
                 break
     return matched
 
@@ -119,16 +103,11 @@ TORCH_DTYPES: Mapping[onnx_ir.DataType, torch.dtype] = {
 }
 
 
-def _same_rows(found: Tensor, weight: Tensor) -> bool:
-    """Tell whether every row of `found` is a non-zero multiple of the same row of `weight`, zeros in the same places."""
-    if found.shape != weight.shape or not torch.equal(found != 0, weight.to(found.dtype) != 0):
+def _obeys(weight: Tensor, keep: Tensor) -> bool:
+    """Tell whether `weight` is zero where `keep` is False, and is not so sparse that any mask would do."""
+    if weight.shape != keep.shape or bool(weight[~keep].any()):
         return False
-    rows, model_rows = found.double(), weight.double()
-    energy = (model_rows * model_rows).sum(dim=-1, keepdim=True)
-    factor = (rows * model_rows).sum(dim=-1, keepdim=True) / energy.clamp_min(torch.finfo(torch.float64).tiny)
-    # Rounded once to the file's dtype by the fold, and once when the model's own weight was cast.
-    room = 4 * torch.finfo(found.dtype).eps * (rows.abs() + (factor * model_rows).abs())
-    return bool(((rows - factor * model_rows).abs() <= room).all())
+    return 2 * int(weight.count_nonzero()) >= int(keep.count_nonzero())
 
 
 def _site_weight(name: str, products: tuple[Product, ...], weight: Tensor, mask: SiteMask) -> SiteWeight:

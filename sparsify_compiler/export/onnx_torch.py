@@ -19,10 +19,11 @@ from torch.export import Dim, ExportedProgram
 
 from sparsify_compiler.batches import Batch, call_arguments
 from sparsify_compiler.errors import ExportError
+from sparsify_compiler.frontends.onnx_names import SCOPES
 from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES, evaluating
 
-STACK_TRACE = "pkg.torch.onnx.stack_trace"
-"""Metadata key under which the exporter writes lines of the user's source with their paths; it is not kept."""
+_EXPORTER = ("pkg.torch.", "namespace")
+"""Metadata of the exporter. All but the module path is dropped: it holds the user's source lines with their paths."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,19 @@ def to_onnx(
         ) from error
     assert result is not None
     model: onnx_ir.Model = result.model
-    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.pop(STACK_TRACE, None)
-    for function in model.functions.values():
-        for node in function:
-            node.metadata_props.pop(STACK_TRACE, None)
+    for graph in model.graphs():
+        for node in graph:
+            _drop_metadata(node.metadata_props)
+            for value in node.outputs:
+                _drop_metadata(value.metadata_props)
+    _drop_metadata(model.graph.metadata_props)
     return model
+
+
+def _drop_metadata(properties: dict[str, str]) -> None:
+    for key in list(properties):
+        if key.startswith(_EXPORTER) and key != SCOPES:
+            del properties[key]
 
 
 def name_axes(model: onnx_ir.Model, axes: Mapping[str, Sequence[str | None]]) -> None:

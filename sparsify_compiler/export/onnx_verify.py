@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir
+import onnxruntime
 import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import DataError, ModelError, VerificationError
+from sparsify_compiler.export.onnx_bodies import DOMAIN
+from sparsify_compiler.export.onnx_sites import TORCH_DTYPES
 from sparsify_compiler.export.report import FileReport, Verification
 from sparsify_compiler.frontends.onnx_file import write_model
 from sparsify_compiler.runtime.ort import DTYPES, run, session
@@ -43,13 +46,16 @@ class Written:
 def write_onnx(model: onnx_ir.Model, path: Path, saved_bytes: int = 0, external_data: bool | None = None) -> Written:
     """Write `model` to `path`, with `path`.data beside it above 1.5 GB of weights, and run ONNX's checker over it.
 
-    `saved_bytes` (`PackResult.saved_bytes`) is added for the size of the dense file. Both files are written under
-    other names and renamed at the end. `model` is not modified.
+    The size of the dense file is this one's without the function bodies, and `saved_bytes` (`PackResult.saved_bytes`)
+    more. Both files are written under other names and renamed at the end. `model` is not modified.
 
     Raises:
         ExportError: the folder or the disk refused the write; nothing is left behind.
     """
     written = write_model(model, path, external_data)
+    saved_bytes -= sum(
+        onnx_ir.to_proto(function).ByteSize() for key, function in model.functions.items() if key[0] == DOMAIN
+    )
     sizes = [file.stat().st_size for file in written]
     largest = max(range(len(written)), key=sizes.__getitem__)
     files = tuple(
@@ -57,6 +63,12 @@ def write_onnx(model: onnx_ir.Model, path: Path, saved_bytes: int = 0, external_
         for number, (file, size) in enumerate(zip(written, sizes, strict=True))
     )
     return Written(files, _check_file(path))
+
+
+def tolerance_for(model: onnx_ir.Model) -> float:
+    """Return the tolerance of the coarsest floating dtype among the model's weights."""
+    found = {value.const_value.dtype for value in model.graph.initializers.values() if value.const_value is not None}
+    return max((TOLERANCES[TORCH_DTYPES[dtype]] for dtype in found if dtype in TORCH_DTYPES), default=1e-3)
 
 
 def verify(
@@ -83,26 +95,45 @@ def verify(
             return Verification(False, None, tolerance, PROVIDER, reason)
         raise VerificationError(f"{path.name}: {error}") from None
     try:
-        outputs = run(opened, _feeds(opened.get_inputs(), batch))
+        outputs = run(opened, feeds(opened, batch))
     except (ModelError, DataError) as error:
         raise VerificationError(f"{path.name}: {error}") from None
     if len(outputs) < len(expected):
         raise VerificationError(f"{path.name}: gives {len(outputs)} outputs; the model {len(expected)}")
-    difference = 0.0
-    for (name, found), wanted in zip(outputs.items(), expected, strict=False):
-        difference = max(difference, _difference(path.name, name, found, wanted))
+    return compare(path.name, list(outputs.values()), expected, tolerance)
+
+
+def compare(file: str, found: Sequence[npt.NDArray[Any]], expected: Sequence[Tensor], tolerance: float) -> Verification:
+    """Compare the outputs `found` of `file` with `expected`, pair by pair; see `verify`.
+
+    Raises:
+        VerificationError: shapes differ, or numbers by more than `tolerance`.
+    """
+    pairs = enumerate(zip(found, expected, strict=False))
+    difference = max((_difference(f"{file}: output {n}", y, wanted) for n, (y, wanted) in pairs), default=0.0)
     if not difference <= tolerance:
         raise VerificationError(
-            f"{path.name}: ONNX Runtime's outputs differ from the model's by {difference:.3g} of their largest value; "
-            f"at most {tolerance:g} is allowed; the file is not to be used, please report it with the model"
+            f"{file}: ONNX Runtime's outputs differ from the model's by {difference:.3g} of their largest value; "
+            f"at most {tolerance:g} is allowed; do not use the file, and please report the model"
         )
     return Verification(True, difference, tolerance, PROVIDER)
 
 
-def _difference(file: str, name: str, found: npt.NDArray[Any], wanted: Tensor) -> float:
+def feeds(
+    opened: onnxruntime.InferenceSession, batch: Batch | Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Name the arrays of a batch as the session's inputs; floating ones are cast to the dtype it asks for."""
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    asked = {argument.name: DTYPES.get(argument.type) for argument in opened.get_inputs()}
+    named: Mapping[str, Any] = dict(zip(asked, batch, strict=False)) if isinstance(batch, tuple) else batch
+    return {name: _array(value, asked.get(name)) for name, value in named.items()}
+
+
+def _difference(where: str, found: npt.NDArray[Any], wanted: Tensor) -> float:
     """Return max |y - y'| / max |y'|, 0 for equal outputs, infinity where only one of them is finite."""
     if found.shape != tuple(wanted.shape):
-        raise VerificationError(f"{file}: output {name!r} is {found.shape}; the model's {tuple(wanted.shape)}")
+        raise VerificationError(f"{where} is {found.shape}; the model's {tuple(wanted.shape)}")
     if not found.size:
         return 0.0
     y = torch.from_numpy(np.asarray(found, np.float64))
@@ -114,16 +145,6 @@ def _difference(file: str, name: str, found: npt.NDArray[Any], wanted: Tensor) -
     gap = (y - exact)[~same].abs().max()
     ratio = float(gap / scale) if scale > 0 else float("inf")
     return ratio if ratio == ratio else float("inf")
-
-
-def _feeds(arguments: Sequence[Any], batch: Batch | Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    named: Mapping[str, Any] = (
-        dict(zip((argument.name for argument in arguments), batch, strict=False)) if isinstance(batch, tuple) else batch
-    )
-    dtypes = {argument.name: DTYPES.get(argument.type) for argument in arguments}
-    return {name: _array(value, dtypes.get(name)) for name, value in named.items()}
 
 
 def _array(value: Tensor | npt.NDArray[Any], dtype: str | None) -> npt.NDArray[Any]:

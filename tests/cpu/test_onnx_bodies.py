@@ -13,9 +13,9 @@ from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime.formats import format_for, packed_tensors
 
 # Up to the newest opset that this ONNX Runtime implements officially.
-OPSETS = (11, 12, 13, 14, 15, 18, 21, 23)
+OPSETS = (11, 12, 14, 15, 18, 23)
 LAYOUTS: Mapping[str, Pattern] = {"nm": NM(2, 4), "bitmap": Unstructured(), "block": Block(4, 3)}
-UNPACKING = {"BitShift", "Mod", "CumSum", "GatherElements", "Gather", "Concat", "Expand", "Slice"}
+UNPACKING = {"CumSum", "GatherElements", "Gather", "Concat", "Expand", "Slice"}
 
 
 def make_case(
@@ -71,7 +71,7 @@ def test_the_weight_body_returns_exactly_the_packed_weight(layout, opset, dtype)
     model, weight = make_case(layout, opset, dtype, product=False, native=((out, in_), (0, 1)))
     found = run(model, np.zeros((1, in_), dtype))
     assert found.dtype == dtype
-    assert found.tobytes() == weight.tobytes() or np.array_equal(found, weight)
+    assert np.array_equal(found, weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
