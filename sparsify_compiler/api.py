@@ -26,6 +26,7 @@ from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.torch import load_state, read_artefact
 from sparsify_compiler.forwards import forward_of, refuses
 from sparsify_compiler.frontends.onnx import load_onnx
+from sparsify_compiler.frontends.onnx_generate import generate_inputs
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.inspection import Inspection, SiteInspection, inspect_graph
@@ -45,6 +46,9 @@ from sparsify_compiler.workspace import Workspace
 
 Model = nn.Module | ExportedProgram | Source | Path | str
 """A module or program in memory, or a reference as the command line takes it."""
+
+GENERATED = 2
+"""Batches drawn for an ONNX file when no data was given."""
 
 __all__ = ["METHODS", "Heldout", "Inspection", "Options", "SiteInspection", "bench", "compile", "evaluate", "export"]
 __all__ += ["inspect", "load", "open_source", "run"]
@@ -255,6 +259,8 @@ def _compile(job: Job, source: Source) -> tuple[nn.Module | Path | None, Report]
 
 
 def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
+    if source.kind == "onnx" and source.path is not None:
+        return [generate_inputs(load_onnx(source.path), seed + number) for number in range(GENERATED)]
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
 
 

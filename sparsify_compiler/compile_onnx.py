@@ -8,6 +8,7 @@ from sparsify_compiler.export.onnx_model import OnnxSite, write_packed_onnx
 from sparsify_compiler.export.report import Report
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.job import Job
+from sparsify_compiler.passes.moments import correct_moments
 
 NO_KERNEL = (
     "an ONNX file runs in ONNX Runtime, which computes packed weights dense; sparse operators are not in this release"
@@ -31,7 +32,7 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
         job.notes.append(f"dtype {job.options.dtype} was asked: the dtypes of an ONNX file stay as the file has them")
     if job.options.recalibrate_batchnorm and not job.generated:
         with job.stage("correct moments"):
-            pass
+            job.notes.extend(correct_moments(graph, dense, job.batches, tuple(outcomes), job.progress).notes)
     quality = job.quality(dense.run, graph.run)
     rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
     for decision in decisions:

@@ -100,7 +100,8 @@ def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mappi
         new: nn.Parameter | None = None
         for parameter in graph.aliases(site):
             old = named[parameter]
-            new = new or nn.Parameter(_native(site, outcome.weight).to(old), requires_grad=old.requires_grad)
+            if new is None:
+                new = nn.Parameter(_native(site, outcome.weight).to(old), requires_grad=old.requires_grad)
             memo[id(old)] = new
     copied = copy.deepcopy(model, memo)
     return copied.eval()
