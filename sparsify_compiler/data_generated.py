@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparsify_compiler.batches import Batch, InputSpec
+from sparsify_compiler.batches import Axis, Batch, InputSpec
 from sparsify_compiler.data_tensors import as_batch
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.models import Source
 
 SAMPLES = 2
 BATCHES = 2
-TEXT_LENGTHS = (32, 16, 128)
+TEXT_LENGTHS = (32, 16, 128, 512, 576)
 """Lengths tried for a free axis of an input with up to three axes."""
 IMAGE_SIDES = (64, 48, 224, 256)
 """Lengths tried for a free axis of an input with four axes or more."""
@@ -93,9 +93,9 @@ def _attempts(specs: tuple[InputSpec, ...]) -> Iterator[tuple[int, int, int]]:
 
 def _value(spec: InputSpec, lengths: tuple[int, int, int], source: Source, generator: torch.Generator) -> Tensor:
     samples, length, side = lengths
+    free = side if len(spec.shape or ()) >= 4 else length
     shape = tuple(
-        axis if isinstance(axis, int) else samples if _counts_samples(axis, position) else side if wide else length
-        for wide in (len(spec.shape or ()) >= 4,)
+        axis if isinstance(axis, int) else samples if _counts_samples(spec.shape or (), position) else free
         for position, axis in enumerate(spec.shape or ())
     )
     dtype = spec.dtype or torch.float32
@@ -117,5 +117,10 @@ def _value(spec: InputSpec, lengths: tuple[int, int, int], source: Source, gener
     return torch.randint(2, shape, generator=generator).to(dtype)
 
 
-def _counts_samples(axis: str | None, position: int) -> bool:
-    return position == 0 or (axis is not None and axis in {"batch", "batch_size", "N"})
+def _counts_samples(shape: tuple[Axis, ...], position: int) -> bool:
+    """Say whether a free axis counts samples: the first, one called so, or the middle of (fixed, free, fixed).
+
+    The last is the state of a recurrent network: (layers, samples, width).
+    """
+    state = len(shape) == 3 and position == 1 and isinstance(shape[0], int) and isinstance(shape[2], int)
+    return position == 0 or shape[position] in {"batch", "batch_size", "N"} or state

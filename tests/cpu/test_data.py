@@ -314,6 +314,20 @@ def test_lengths_of_free_axes_are_tried_until_the_model_takes_one() -> None:
         generate_data(source, refuses=lambda batch: "no")
 
 
+def test_the_state_of_a_recurrent_network_has_as_many_samples_as_its_input() -> None:
+    source = onnx_source(InputSpec("x", torch.float32, (None, None)), InputSpec("h", torch.float32, (2, None, 8)))
+    batch = named(generate_data(source).batches[0])
+    assert batch["h"].shape == (2, len(batch["x"]), 8)
+
+
+def test_inputs_of_a_hugging_face_model_come_from_its_config() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                                    image_size=32, patch_size=16)  # fmt: skip
+    pixels = named(generate_data(module_source(transformers.ViTModel(config))).batches[0])["pixel_values"]
+    assert pixels.shape == (2, 3, 32, 32)
+
+
 def test_nothing_is_generated_for_a_module_that_does_not_say_what_it_takes() -> None:
     with pytest.raises(DataError, match="let its factory return"):
         generate_data(module_source(Net()))
