@@ -74,10 +74,12 @@ def write_model(model: onnx_ir.Model, path: Path, external_data: bool | None = N
 def to_bytes(model: onnx_ir.Model) -> bytes:
     """Serialise `model`, without the type entries that onnx_ir adds for every initialiser."""
     proto = onnx_ir.to_proto(model)
-    initialisers = {tensor.name for tensor in proto.graph.initializer}
-    kept = [info for info in proto.graph.value_info if info.name not in initialisers]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(kept)
+    for graph in _graphs(proto.graph):
+        initialisers = {tensor.name for tensor in graph.initializer}
+        kept = [info for info in graph.value_info if info.name not in initialisers]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
     data: bytes = proto.SerializeToString()
     return data
 
