@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, SingularGramError
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.passes.prune.algebra import (
     FIRST_RIDGE,
     MaskedLeastSquares,
@@ -42,7 +42,7 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         require_finite(problem.gram.matrix)
         least_squares = _least_squares(problem, problem.gram, solution)
         solved, exact_rows = _solve(least_squares)
-    except (CalibrationError, SingularGramError) as error:
+    except CalibrationError as error:  # SingularGramError is one
         raise type(error)(f"layer {problem.name!r}: refit: {error}") from None
     weight, kept_rows = _better_rows(least_squares, solved)
     loss = problem.loss(weight)

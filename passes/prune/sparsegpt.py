@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import DataError, PatternError, SingularGramError
+from sparsify_compiler.errors import CalibrationError, DataError, PatternError
 from sparsify_compiler.passes.prune.algebra import InverseFactor, inverse_factor
 from sparsify_compiler.pattern import NM, Block, Pattern, keep_largest
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs
@@ -84,8 +84,8 @@ class SparseGPT:
     def _factor(self, name: str, gram: Gram) -> InverseFactor:
         try:
             return gram.cached(f"inverse factor at damp {self.damp!r}", lambda: inverse_factor(gram.matrix, self.damp))
-        except SingularGramError as error:
-            raise SingularGramError(f"layer {name!r}: sparsegpt: {error}") from None
+        except CalibrationError as error:  # SingularGramError is one
+            raise type(error)(f"layer {name!r}: sparsegpt: {error}") from None
 
 
 def _sweep(columns: Tensor, removed: Tensor, upper: Tensor, pieces: list[Span], choose: Choice) -> None:

@@ -1,0 +1,189 @@
+"""What every method promises on every pattern."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from methods import METHODS, Case, every_case, every_method, inputs, obeys, problem_from, problem_of, scaled
+from torch import Tensor
+
+from sparsify_compiler.errors import CalibrationError, DataError, ModelError, PatternError
+from sparsify_compiler.passes.prune import METHODS as METHODS_BY_NAME
+from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.solve import prune_with
+from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
+from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
+
+both_ways = pytest.mark.parametrize("refit", [False, True], ids=["selected", "refitted"])
+
+
+def snapshot(problem: LayerProblem) -> list[Tensor]:
+    assert problem.gram is not None
+    assert problem.mean_square is not None
+    return [tensor.clone() for tensor in (problem.weight, problem.gram.matrix, problem.mean_square)]
+
+
+def unchanged(problem: LayerProblem, before: list[Tensor]) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(snapshot(problem), before, strict=True))
+
+
+@every_method
+@every_case
+@both_ways
+def test_the_solution_obeys_the_pattern_and_leaves_the_problem_alone(method: Pruner, case: Case, refit: bool) -> None:
+    problem = problem_of(case)
+    before = snapshot(problem)
+    solution = prune_with(problem, method, refit)
+    scope = "row" if isinstance(method, Wanda) and not isinstance(case.pattern, Block) else "layer"
+    removed = case.pattern.removed(case.out, case.in_, case.sparsity, case.run, scope=scope)  # type: ignore[arg-type]
+    assert obeys(case.pattern, solution.keep, case.run) is None
+    assert int((~solution.keep).sum()) == removed
+    assert solution.weight.dtype == torch.float32
+    assert solution.weight.shape == solution.keep.shape == (case.out, case.in_)
+    assert not solution.weight[~solution.keep].any()
+    assert unchanged(problem, before)
+
+
+def test_unchanged_tells_a_weight_that_was_written_to() -> None:
+    problem = problem_of(Case(NM(2, 4), 0.5, 2, 8))
+    before = snapshot(problem)
+    problem.weight[0, 0] += 1
+    assert not unchanged(problem, before)
+
+
+@every_method
+@every_case
+def test_the_same_problem_twice_gives_the_same_solution(method: Pruner, case: Case) -> None:
+    first, second = (prune_with(problem_of(case), method) for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.keep, second.keep)
+    assert first.loss == second.loss
+
+
+@every_method
+@every_case
+@pytest.mark.parametrize(("weight", "input_"), [(8.0, 1.0), (1.0, 0.25), (2.0**-9, 2.0**10)])
+def test_scaling_the_weight_or_the_inputs_scales_the_solution(
+    method: Pruner, case: Case, weight: float, input_: float
+) -> None:
+    problem = problem_of(case)
+    plain = method.prune(problem)
+    other = method.prune(scaled(problem, weight, input_))
+    # Powers of two shift exponents only, so every step of the arithmetic is the same: exact equality.
+    assert torch.equal(plain.keep, other.keep)
+    assert torch.equal(plain.weight * weight, other.weight)
+
+
+@every_method
+@every_case
+def test_the_losses_are_those_of_the_data(method: Pruner, case: Case) -> None:
+    x = inputs(4 * case.in_ + 8, case.in_)
+    problem = problem_of(case)
+    solution = prune_with(problem, method)
+    direct = (x @ (problem.weight - solution.weight).double().T).square().sum() / len(x)
+    energy = (x @ problem.weight.double().T).square().sum() / len(x)
+    assert solution.loss is not None
+    assert solution.loss_selected is not None
+    # Both sum the same squares in float64; the loss cancels from terms of the size of the energy.
+    assert abs(solution.loss - float(direct)) <= 1e-12 * float(energy)
+    assert solution.loss <= solution.loss_selected + 1e-12 * float(energy)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [(Unstructured(), 0.5), (NM(2, 4), 0.5), (Block(4, 4), 0.5)], ids=str)
+def test_on_correlated_inputs_more_statistics_select_better(pattern: Pattern, sparsity: float) -> None:
+    losses = dict.fromkeys(METHODS_BY_NAME, 0.0)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        problem = problem_from(inputs(256, 48, seed), torch.randn(32, 48, generator=generator), pattern, sparsity)
+        for name, method in METHODS_BY_NAME.items():
+            losses[name] += method().prune(problem).loss or 0.0
+    assert losses["sparsegpt"] < losses["wanda"] < losses["magnitude"]
+
+
+def test_recipe_words_are_the_methods_own_names() -> None:
+    assert {name: cls().name for name, cls in METHODS_BY_NAME.items()} == {name: name for name in METHODS_BY_NAME}
+    assert {method.name for method in METHODS} == set(METHODS_BY_NAME)
+
+
+def test_each_method_says_what_it_needs() -> None:
+    assert [cls().needs for cls in METHODS_BY_NAME.values()] == [Needs.NOTHING, Needs.NORMS, Needs.GRAM]
+
+
+def test_magnitude_keeps_the_largest_weights_by_hand() -> None:
+    weight = torch.tensor([[1.0, -4.0], [3.0, -2.0]])
+    solution = Magnitude().prune(LayerProblem("layer", weight, Unstructured(), 0.5))
+    assert solution.weight.tolist() == [[0.0, -4.0], [3.0, 0.0]]
+    assert solution.loss is None
+
+
+def test_magnitude_compares_tiles_by_their_sum_of_squares() -> None:
+    weight = torch.tensor([[3.0, 0.0, 2.0, 2.0]])  # 9 against 8: a sum of sizes would say 3 against 4
+    solution = Magnitude().prune(LayerProblem("layer", weight, Block(1, 2), 0.5))
+    assert solution.keep.tolist() == [[True, True, False, False]]
+
+
+def test_magnitude_tells_tiny_weights_apart() -> None:
+    weight = torch.tensor([[1e-30, 2e-30, 3e-30, 4e-30]])  # their squares underflow in float32
+    for pattern in (Unstructured(), Block(1, 1)):
+        solution = Magnitude().prune(LayerProblem("layer", weight, pattern, 0.5))
+        assert solution.keep.tolist() == [[False, False, True, True]]
+
+
+def test_wanda_weighs_by_the_inputs_and_compares_within_a_row() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    mean_square = torch.tensor([16.0, 1.0, 1.0]).double()  # scores 4, 2, 3 and 40, 20, 30
+    problem = LayerProblem("layer", weight, Unstructured(), 1 / 3, mean_square=mean_square)
+    assert Wanda().prune(problem).keep.tolist() == [[True, False, True], [True, False, True]]
+
+
+def test_wanda_reads_the_diagonal_of_the_gram_matrix_where_norms_are_missing() -> None:
+    problem = problem_of(Case(Unstructured(), 0.5, 6, 10))
+    assert torch.equal(Wanda().prune(problem).keep, Wanda().prune(replace(problem, mean_square=None)).keep)
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+def test_a_method_without_its_statistics_names_the_layer_and_what_to_do(method: Pruner) -> None:
+    with pytest.raises(
+        DataError, match=r"layer 'fc1': .*needs .*found none; give calibration data or choose magnitude"
+    ):
+        method.prune(LayerProblem("fc1", torch.ones(2, 4), NM(2, 4), 0.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+def test_statistics_that_are_not_finite_are_refused(method: Pruner, value: float) -> None:
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[1, 1] = value
+    problem = LayerProblem("fc1", torch.ones(2, 4), NM(2, 4), 0.5, None, matrix.diagonal(), Gram(matrix, 9))
+    with pytest.raises(CalibrationError, match=r"layer 'fc1'.*calibration data"):
+        method.prune(problem)
+
+
+@every_method
+def test_a_weight_that_is_not_finite_is_refused(method: Pruner) -> None:
+    problem = problem_of(Case(NM(2, 4), 0.5, 2, 8))
+    problem.weight[1, 3] = float("nan")
+    with pytest.raises(ModelError, match=r"layer 'layer': the weight \(2, 8\) has NaN"):
+        prune_with(problem, method)
+
+
+@every_method
+def test_a_pattern_that_does_not_tile_the_weight_is_refused(method: Pruner) -> None:
+    problem = replace(problem_of(Case(NM(2, 4), 0.5, 2, 8)), pattern=Block(3, 3))
+    with pytest.raises(PatternError, match=r"layer 'layer': Block\(3, 3\) does not tile weight \(2, 8\)"):
+        prune_with(problem, method)
+
+
+def test_prune_with_tells_a_method_that_breaks_its_promise() -> None:
+    class Careless:
+        name = "careless"
+        needs = Needs.NOTHING
+
+        def prune(self, layer: LayerProblem) -> LayerSolution:
+            return LayerSolution(layer.weight.clone(), torch.ones_like(layer.weight, dtype=torch.bool))
+
+    problem = LayerProblem("fc1", torch.ones(2, 4), NM(2, 4), 0.5)
+    with pytest.raises(AssertionError, match="removed 0 entries"):
+        prune_with(problem, Careless())  # type: ignore[arg-type]  # read-only attributes suffice
