@@ -5,6 +5,7 @@
 The model that is given is never changed. Nothing is fetched, and nothing that runs code is read without `trust`.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,11 @@ def compile(
     options = options or Options()
     source = open_source(model, trust)
     workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
-    given = None if batches is None else list(batches)
+    given = _sequence(batches)
     if given is not None and not given:
         raise DataError("calibration: no batch was given; give at least one, or None for methods that need no data")
     made = given if given is not None else _generated(source, options.seed, options.torch_device())
-    held = heldout if isinstance(heldout, Heldout) or heldout is None else Heldout(list(heldout))
+    held = heldout if isinstance(heldout, Heldout) or heldout is None else Heldout(_sequence(heldout) or ())
     job = Job(source.reference, recipe, options, made, given is None, held, progress, workspace)
     if workspace is None:
         return _compile(job, source)
@@ -145,7 +146,7 @@ def inspect(
     """
     source = open_source(model, trust)
     where = Options(device=device).torch_device()
-    given = list(batches) if batches is not None else list(_generated(source, seed, where))
+    given = _sequence(batches) or _generated(source, seed, where)
     graph, size = _graph(source, given[0], where)
     return inspect_graph(graph, given, tokens, where, size)
 
@@ -264,6 +265,11 @@ def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batc
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
 
 
+def _sequence(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
+    """Keep what can be read many times as it is (images are decoded when read); hold anything else."""
+    return batches if batches is None or isinstance(batches, Sequence) else list(batches)
+
+
 def _timed(forward: Any, example: Batch) -> Any:
     return lambda: forward(example)
 
@@ -289,8 +295,6 @@ def _size_bytes(source: Source) -> int:
 
 def _write_report(report: Report, workspace: Workspace) -> Report:
     """Write report.json and report.html beside the other files and list them in the report."""
-    import dataclasses
-
     names = (FileReport("report.json", 0), FileReport("report.html", 0))
     report = dataclasses.replace(report, files=(*report.files, *names))
     try:

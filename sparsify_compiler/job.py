@@ -3,6 +3,7 @@
 import math
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,7 +127,7 @@ class Job:
         """Put the report together."""
         return Report(
             model=self.model,
-            command=" ".join(sys.argv[1:]) if sys.argv and "sparsify" in sys.argv[0] else "sparsify_compiler.compile",
+            command=_command(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             environment=environment(self.options.torch_device()),
             recipe=format_recipe(self.recipe),
@@ -192,6 +194,13 @@ def peak_memory_bytes() -> int:
     """Return the largest resident size the process had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _command() -> str:
+    """Return the command line that runs, or the function's name where a program of the user's own does."""
+    if sys.argv and Path(sys.argv[0]).name == "sparsify-compiler":
+        return shlex.join(["sparsify-compiler", *sys.argv[1:]])
+    return "sparsify_compiler.compile(...)"
 
 
 def _language_model(forward: Forward, batch: Batch) -> bool:
