@@ -139,7 +139,7 @@ def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-6, most_i
 def _descend(
     problem: MaskedLeastSquares, scale: Tensor, scaled: Tensor, tolerance: float, most_iterations: int
 ) -> MaskedSolution:
-    tiny = torch.finfo(torch.float64).tiny
+    tiny, smallest = torch.finfo(torch.float64).tiny, torch.finfo(torch.float32).tiny
     weight, keep = problem.start.double(), problem.keep.float()
     target = _norm(problem.moment * problem.keep * scale).clamp_min(tiny)
     gradient = problem.gradient(weight) * scale
@@ -159,13 +159,16 @@ def _descend(
         step.addcmul_(length, direction)
         remainder.addcmul_(length, product, value=-1)
         previous, squared = squared, _dot(remainder, remainder)
+        turn = torch.where(previous > 0, squared / previous, 0.0)
         if iteration % REFRESH == 0 or iteration == most_iterations or bool((squared <= goal).all()):
             weight += step.double() * unit * scale
             step.zero_()
             gradient = problem.gradient(weight) * scale
             remainder = (gradient / unit).float()
-            squared = _dot(remainder, remainder)
-        torch.addcmul(remainder, torch.where(previous > 0, squared / previous, 0.0)[:, None], direction, out=direction)
+            believed, squared = squared, _dot(remainder, remainder)
+            # A gradient well above the one believed means directions made of rounding: such a row starts afresh.
+            turn = torch.where(squared <= 4 * believed, squared / previous.clamp_min(smallest), 0.0)
+        torch.addcmul(remainder, turn[:, None], direction, out=direction)
     return MaskedSolution(weight, _norm(gradient) / target, iteration)
 
 
