@@ -102,7 +102,12 @@ def test_segments_are_the_whole_and_every_site_is_observed(name: str) -> None:
 
 
 def plain(message: Message) -> Message:
-    """Drop fields that are written but empty, such as `domain: ""`: protobuf tells them apart, ONNX does not."""
+    """Drop what may differ in bytes and not in meaning: empty fields such as `domain: ""`, names of unknown sizes.
+
+    onnx_ir keeps one shape for a value that a body takes and hands on, which files write twice under two names.
+    """
+    if isinstance(message, onnx.TensorShapeProto.Dimension):
+        message.ClearField("dim_param")
     for field, value in message.ListFields():
         parts = [value] if isinstance(value, Message) else value
         if field.message_type is not None:
@@ -131,12 +136,14 @@ def test_only_the_weights_change_in_the_written_file(name: str, tmp_path: Path) 
             graph.set_weight(site, graph.weight(site))
     graph.save(tmp_path / "out.onnx")
     assert path.read_bytes() == before
-    old, new = plain(onnx.load(path)), plain(onnx.load(tmp_path / "out.onnx"))
+    old, new = onnx.load(path), onnx.load(tmp_path / "out.onnx")
+    assert list(map(str, old.graph.output)) == list(map(str, new.graph.output))
+    plain(old), plain(new)
     for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
         assert getattr(old, field) == getattr(new, field)
     assert {each.domain: each.version for each in old.opset_import} == {e.domain: e.version for e in new.opset_import}
     assert {each.key: each.value for each in old.metadata_props} == {e.key: e.value for e in new.metadata_props}
-    assert (old.graph.name, list(old.graph.output)) == (new.graph.name, list(new.graph.output))
+    assert old.graph.name == new.graph.name
     tensors = {tensor.name for tensor in new.graph.initializer}
     pruned = {tensor for tensor in tensors if tensor.endswith("_pruned")}
     left = {each.output[0]: kept(each, pruned) for each in new.graph.node}
