@@ -111,16 +111,16 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
 
 def format_recipe(recipe: Recipe) -> str:
     """Write a recipe as TOML; `parse_recipe` is the inverse."""
-    lines = [f"keep_dense = {json.dumps(list(recipe.keep_dense))}"] if recipe.keep_dense else []
+    lines = [f"keep_dense = {_toml(list(recipe.keep_dense))}"] if recipe.keep_dense else []
     for rule in recipe.rules:
-        lines += ["", "[[rule]]", f"sites = {json.dumps(rule.sites)}", f"pattern = {json.dumps(str(rule.pattern))}"]
+        lines += ["", "[[rule]]", f"sites = {_toml(rule.sites)}", f"pattern = {_toml(str(rule.pattern))}"]
         if rule.pattern.fixed_sparsity() is None:
             lines.append(f"sparsity = {rule.sparsity!r}")
-        lines.append(f"method = {json.dumps(rule.method.name)}")
+        lines.append(f"method = {_toml(rule.method.name)}")
         if not rule.refit:
             lines.append("refit = false")
         if options := method_options(rule.method):
-            body = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+            body = ", ".join(f"{key} = {_toml(value)}" for key, value in options.items())
             lines.append(f"options = {{ {body} }}")
     return "\n".join(lines).strip() + "\n"
 
@@ -128,6 +128,11 @@ def format_recipe(recipe: Recipe) -> str:
 def method_options(method: Pruner) -> dict[str, Any]:
     """Return the hyper-parameters of `method` as plain values."""
     return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]  # every Pruner is a dataclass
+
+
+def _toml(value: Any) -> str:
+    # JSON strings, numbers and lists are TOML's too, but for surrogate pairs and the one control character JSON allows.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[Any]]) -> Rule:
