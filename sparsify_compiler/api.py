@@ -90,6 +90,8 @@ def compile(
     workspace.start()
     try:
         result, report = _compile(job, source)
+        if source.tokenizer is not None:
+            source.tokenizer.save(workspace.files)  # so that the output folder can be evaluated on text
         report = _write_report(report, workspace)
         workspace.commit()
     except BaseException:

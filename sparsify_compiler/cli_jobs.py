@@ -4,7 +4,7 @@ import dataclasses
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def compile_model(request: CompileRequest, progress: Progress) -> Report:
     """Read the model and the data, compile, and return the report. Raises SparsifyError."""
     source = _open(request.model, request.trust, progress)
     calibration = _data(request.calibration, source, request.choice, request.trust)
-    heldout = _data(request.heldout, source, request.choice, request.trust)
+    heldout = _data(request.heldout, source, request.choice, request.trust, "first")
     _, report = api.compile(
         source,
         calibration.batches if calibration else None,
@@ -85,7 +85,7 @@ def evaluate_model(request: EvaluateRequest, progress: Progress) -> tuple[Qualit
     if against is not None and source.tokenizer is None:
         # an ONNX file alone cannot read text; the dense model's tokenizer is the same
         source = dataclasses.replace(source, tokenizer=against.tokenizer, vocabulary=against.vocabulary)
-    data = _data(request.data, source, request.choice, request.trust)
+    data = _data(request.data, source, request.choice, request.trust, "first")
     assert data is not None
     return api.evaluate(source, _heldout(data), against, device=request.device, progress=progress)
 
@@ -156,7 +156,13 @@ def _open(model: str, trust: bool, progress: Progress) -> Source:
     return source
 
 
-def _data(reference: str | None, source: Source, choice: DataChoice, trust: bool) -> Data | None:
+def _data(
+    reference: str | None,
+    source: Source,
+    choice: DataChoice,
+    trust: bool,
+    choose: Literal["random", "first"] = "random",
+) -> Data | None:
     if reference is None:
         return None
     return load_data(
@@ -166,6 +172,7 @@ def _data(reference: str | None, source: Source, choice: DataChoice, trust: bool
         sequence_length=choice.sequence_length,
         batch_size=choice.batch_size,
         preprocess=parse_preprocess(choice.preprocess) if choice.preprocess is not None else None,
+        choose=choose,
         seed=choice.seed,
         trust=trust,
     )
