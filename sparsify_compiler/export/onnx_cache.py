@@ -17,11 +17,11 @@ from torch.export import Dim
 
 from sparsify_compiler.batches import Batch, forward_inputs
 from sparsify_compiler.errors import ExportError
-from sparsify_compiler.export.onnx_torch import DenseExport, name_axes, to_onnx
+from sparsify_compiler.export.onnx_torch import DenseExport, inference, name_axes, to_onnx
 from sparsify_compiler.export.onnx_verify import compare, verify
 from sparsify_compiler.export.report import Verification
 from sparsify_compiler.frontends.onnx_names import SCOPES
-from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES, evaluating
+from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES
 from sparsify_compiler.runtime.ort import run, session
 
 _PAST = 5
@@ -46,7 +46,7 @@ def export_with_cache(module: nn.Module, batch: Batch, opset: int | None = None)
         ExportError: the module keeps no `DynamicCache`, the batch has no input_ids, or torch cannot trace it.
     """
     ids, masked = _read_batch(module, batch)
-    with evaluating(module), torch.no_grad():
+    with inference(module):
         past = _example_past(module, ids)
         wrapper = _WithCache(module, masked)
         args = (ids[:, :_SEQUENCE], ids.new_ones(2, _PAST + _SEQUENCE) if masked else None, past)

@@ -5,17 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir
-import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.batches import Batch, call
 from sparsify_compiler.export.onnx_cache import export_with_cache, is_decoder_without_cache, verify_with_cache
 from sparsify_compiler.export.onnx_pack import Flavour, pack_model
 from sparsify_compiler.export.onnx_sites import SiteMask, match_sites, site_weights
-from sparsify_compiler.export.onnx_torch import export_torch
+from sparsify_compiler.export.onnx_torch import export_torch, inference
 from sparsify_compiler.export.onnx_verify import tolerance_for, verify, write_onnx
 from sparsify_compiler.export.report import FileReport, Verification
-from sparsify_compiler.frontends.torch_trace import evaluating
 from sparsify_compiler.pattern import Pattern
 
 
@@ -64,7 +62,7 @@ def write_torch_onnx(
             "the ONNX file has no key-value cache: every generated token recomputes the whole prefix; export with "
             "--kv-cache to generate text"
         )
-    with evaluating(module), torch.no_grad():
+    with inference(module):
         expected = call(module, batch)
 
     def check(tolerance: float) -> Verification:

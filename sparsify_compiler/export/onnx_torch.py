@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def export_torch(module: nn.Module, batch: Batch, opset: int | None = None) -> D
         ExportError: torch.export or the ONNX exporter cannot follow the module.
     """
     args, kwargs = call_arguments(module, batch)
-    with evaluating(module), torch.no_grad():
+    with inference(module):
         names = _output_names(module(*args, **kwargs))
         program, dynamic = _export_program(module, args, kwargs)
     axes = {name: _axis_names(value) for name, value in _tensor_inputs(module, args, kwargs).items()}
@@ -53,6 +53,14 @@ def export_torch(module: nn.Module, batch: Batch, opset: int | None = None) -> D
     name_axes(model, axes)
     notes = () if dynamic else ("the ONNX graph has the example batch's sizes: the model fixes them when traced",)
     return DenseExport(model, dynamic, notes)
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Run `module` in eval mode without gradients. A saved program has the one mode it was exported in."""
+    mode = nullcontext() if isinstance(module, torch.fx.GraphModule) else evaluating(module)
+    with mode, torch.no_grad():
+        yield
 
 
 def to_onnx(
@@ -169,13 +177,13 @@ def _is_text(value: Tensor) -> bool:
 
 
 def _dynamic_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
-    def free(value: Any) -> dict[int, Any] | None:
+    def free(value: Any) -> Any:
+        if isinstance(value, tuple):  # *args
+            return tuple(map(free, value))
         return dict.fromkeys(range(len(_axis_names(value))), kind) if isinstance(value, Tensor) else None
 
-    if not kwargs:
-        return tuple(map(free, args))
-    names = list(inspect.signature(module.forward).parameters)[: len(args)]
-    return dict(zip(names, map(free, args), strict=True)) | {name: free(value) for name, value in kwargs.items()}
+    bound = inspect.signature(module.forward).bind_partial(*args)
+    return {name: free(value) for name, value in (bound.arguments | kwargs).items()}
 
 
 def _output_names(value: object) -> list[str]:

@@ -17,7 +17,7 @@ from sparsify_compiler.export.onnx_sites import SiteMask, match_sites
 from sparsify_compiler.export.onnx_torch import export_torch
 from sparsify_compiler.export.onnx_verify import TOLERANCES, verify, write_onnx
 from sparsify_compiler.frontends.layout import from_problem, to_problem
-from sparsify_compiler.frontends.torch import trace_module
+from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.pattern import NM, Unstructured
 
 # Float32 sums in another order through a dozen layers; the largest seen is 1e-6.
@@ -96,7 +96,7 @@ def test_the_file_holds_no_line_of_the_users_source(tmp_path):
     assert b".py" not in (tmp_path / "model.onnx").read_bytes()
 
 
-def test_inputs_are_called_as_in_the_forward_and_outputs_as_in_the_returned_mapping():
+def test_inputs_are_called_as_in_the_forward_and_outputs_as_in_the_returned_mapping(tmp_path):
     class TwoInputs(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,9 +107,32 @@ def test_inputs_are_called_as_in_the_forward_and_outputs_as_in_the_returned_mapp
             return {"total": total, "pair": (left, right * 2)}
 
     batch = {"right": torch.randn(3, 8), "left": torch.randn(3, 8)}
-    model = export_torch(TwoInputs(), batch).model
+    module = TwoInputs()
+    model = export_torch(module, batch).model
     assert {value.name for value in model.graph.inputs} == {"left", "right"}
     assert [value.name for value in model.graph.outputs] == ["total", "pair.0", "pair.1"]
+    write_onnx(model, tmp_path / "model.onnx")
+    assert verify(tmp_path / "model.onnx", batch, call(module, batch), TOLERANCE).ran
+
+
+def test_unnamed_inputs_are_numbered_and_their_batch_is_free():
+    class Sum(nn.Module):
+        def forward(self, *terms):
+            return terms[0] + terms[1]
+
+    exported = export_torch(Sum(), (torch.ones(3, 8), torch.ones(3, 8)))
+    assert exported.dynamic
+    assert [value.name for value in exported.model.graph.inputs] == ["input_0", "input_1"]
+    assert [str(value.shape) for value in exported.model.graph.inputs] == ["[batch,8]", "[batch,8]"]
+
+
+def test_a_saved_program_exports_like_the_module_it_was_made_from(tmp_path):
+    module, batch = seeded(Mlp), mlp_batches(1)[0]
+    sites = prune(module, batch, NM(2, 4))
+    program = torch.export.export(module, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    written = write_torch_onnx(trace_program(program).module, batch, tmp_path / "model.onnx", sites)
+    assert written.forms == dict.fromkeys(sites, "NMLinear")
+    assert written.verification.difference <= TOLERANCE
 
 
 def test_a_module_that_branches_on_its_data_is_refused_with_the_reason():

@@ -160,3 +160,18 @@ def test_what_onnx_itself_objects_to_is_told(tmp_path):
     written = write_onnx(model, tmp_path / "m.onnx", saved)
     assert written.objection is not None
     assert isinstance(onnx.load(tmp_path / "m.onnx"), onnx.ModelProto)
+
+
+def test_the_arrays_of_a_sequence_are_compared_one_by_one(tmp_path):
+    nodes = [helper.make_node("SplitToSequence", ["x"], ["parts"], axis=1), helper.make_node("Neg", ["x"], ["y"])]
+    pair = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None)
+    shape = ("n", 2)
+    graph = helper.make_graph(
+        nodes,
+        "main",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [pair, helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    x = torch.tensor([[1.0, 2.0]])
+    assert verify(tmp_path / "m.onnx", x, [x[:, :1], x[:, 1:], -x], 1e-6).difference == 0.0
