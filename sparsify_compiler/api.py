@@ -16,34 +16,34 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, to_device
-from sparsify_compiler.compile_onnx import compile_onnx
-from sparsify_compiler.compile_torch import compile_torch
-from sparsify_compiler.data import generate_data
 from sparsify_compiler.errors import DataError, ExportError, SparsifyError
 from sparsify_compiler.export.onnx_model import OnnxSite, WrittenOnnx, write_torch_onnx
 from sparsify_compiler.export.onnx_pack import Flavour
 from sparsify_compiler.export.report import FileReport, Quality, Report
 from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.torch import load_state, read_artefact
-from sparsify_compiler.forwards import forward_of, refuses
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.frontends.onnx_generate import generate_inputs
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.graph import Graph
-from sparsify_compiler.inspection import Inspection, SiteInspection, inspect_graph
-from sparsify_compiler.job import Heldout, Job, device_name, measure
-from sparsify_compiler.models import Source, import_attribute, load_model, module_source, program_source
-from sparsify_compiler.models_describe import rebuild
-from sparsify_compiler.options import Options
 from sparsify_compiler.passes.lower import lower, lowerable
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pipeline.forwards import forward_of, refuses
+from sparsify_compiler.pipeline.inspection import Inspection, SiteInspection, inspect_graph
+from sparsify_compiler.pipeline.job import Heldout, Job, device_name, measure
+from sparsify_compiler.pipeline.onnx import compile_onnx
+from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.torch import compile_torch
+from sparsify_compiler.pipeline.tuning import Tuner
+from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Recipe
 from sparsify_compiler.runtime.bench import BenchRow, compare
 from sparsify_compiler.runtime.ort import run_file
-from sparsify_compiler.tuning import Tuner
-from sparsify_compiler.workspace import Workspace
+from sparsify_compiler.sources.data import generate_data
+from sparsify_compiler.sources.describe import rebuild
+from sparsify_compiler.sources.models import Source, import_attribute, load_model, module_source, program_source
 
 Model = nn.Module | ExportedProgram | Source | Path | str
 """A module or program in memory, or a reference as the command line takes it."""

@@ -176,9 +176,7 @@ def test_a_resumed_walk_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) 
         if done == 2:
             raise Killed
 
-    _, first = walk_of(
-        seeded(Mlp), batches, checkpoint=Checkpoint(tmp_path, "run", resume=False), progress=kill
-    )
+    _, first = walk_of(seeded(Mlp), batches, checkpoint=Checkpoint(tmp_path, "run", resume=False), progress=kill)
     with pytest.raises(Killed):
         prune_layerwise(first)
     graph, second = walk_of(seeded(Mlp), batches, checkpoint=Checkpoint(tmp_path, "run", resume=True))

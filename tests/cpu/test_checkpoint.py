@@ -8,7 +8,7 @@ import torch
 from sparsify_compiler import checkpoint as module
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite, digest, durable_write
 from sparsify_compiler.errors import DataError, ExportError
-from sparsify_compiler.workspace import Workspace
+from sparsify_compiler.pipeline.workspace import Workspace
 
 
 def site() -> SavedSite:

@@ -15,21 +15,24 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sparsify_compiler import cli_compile, cli_guard, cli_jobs, cli_measure
 from sparsify_compiler.api import Inspection, SiteInspection
-from sparsify_compiler.cli import VERBS, build_app
-from sparsify_compiler.cli_guard import guard, sentence
-from sparsify_compiler.cli_jobs import read_npz
-from sparsify_compiler.cli_options import token_counts
-from sparsify_compiler.cli_progress import _Lines, draw_progress
-from sparsify_compiler.cli_requests import (
+from sparsify_compiler.cli import compile as cli_compile
+from sparsify_compiler.cli import guard as cli_guard
+from sparsify_compiler.cli import jobs as cli_jobs
+from sparsify_compiler.cli import measure as cli_measure
+from sparsify_compiler.cli.guard import guard, sentence
+from sparsify_compiler.cli.jobs import read_npz
+from sparsify_compiler.cli.main import VERBS, build_app
+from sparsify_compiler.cli.options import token_counts
+from sparsify_compiler.cli.progress import _Lines, draw_progress
+from sparsify_compiler.cli.requests import (
     BenchRequest,
     CompileRequest,
     ExportRequest,
     RecipeChoice,
     check_output,
 )
-from sparsify_compiler.cli_tables import draw_bench, draw_evaluation
+from sparsify_compiler.cli.tables import draw_bench, draw_evaluation
 from sparsify_compiler.errors import DataError, ExportError, PatternError, RecipeError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
@@ -264,7 +267,8 @@ def test_control_characters_in_a_message_are_not_sent_to_the_terminal(capfd: pyt
 
 def run_program(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `main` in a process of its own after `code`."""
-    program = f"import sys\nfrom sparsify_compiler import cli, cli_compile\n{code}\ncli.main()"
+    imports = "import sys\nfrom sparsify_compiler import cli\nfrom sparsify_compiler.cli import compile as cli_compile"
+    program = f"{imports}\n{code}\ncli.main()"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,

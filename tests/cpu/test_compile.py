@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.errors import DataError, ExportError, KernelError, ModelError, PatternError, RecipeError
-from sparsify_compiler.options import Options
+from sparsify_compiler.pipeline.options import Options
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
 HALF = sc.Recipe((sc.make_rule("*", sc.Unstructured(), sc.SparseGPT(), 0.5),))
@@ -114,7 +114,7 @@ def test_without_data_only_methods_without_statistics_run_and_the_report_says_so
     _, report = sc.compile(module, recipe=MAGNITUDE)
     assert any("generated inputs" in note for note in report.notes)
     assert all(site.loss is None for site in report.sites)
-    with pytest.raises(DataError, match="sparsegpt.*needs calibration data"):
+    with pytest.raises(DataError, match=r"sparsegpt.*needs calibration data"):
         sc.compile(module, recipe=TWO_FOUR)
 
 
@@ -135,7 +135,7 @@ def test_sparse_kernels_replace_layers_only_where_they_won_and_are_reloaded(tmp_
 
 def test_require_sparse_turns_a_dense_verdict_into_an_error(tmp_path: Path) -> None:
     options = Options(output=tmp_path / "out", require_sparse=True)
-    with pytest.raises(KernelError, match="--require-sparse.*would run dense"):
+    with pytest.raises(KernelError, match=r"--require-sparse.*would run dense"):
         sc.compile(seeded(Cnn), image_batches(), recipe=HALF, options=options)
     assert not (tmp_path / "out").exists()
 

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify_compiler.batches import Batch, InputSpec
-from sparsify_compiler.data import demo_text, generate_data, load_data
 from sparsify_compiler.errors import DataError, TrustError
-from sparsify_compiler.models import Source, module_source
-from sparsify_compiler.models_hf import TokenizerFiles
+from sparsify_compiler.sources.data import demo_text, generate_data, load_data
+from sparsify_compiler.sources.huggingface import TokenizerFiles
+from sparsify_compiler.sources.models import Source, module_source
 
 
 class Net(nn.Module):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.batches import Batch, InputSpec
-from sparsify_compiler.data import load_data
-from sparsify_compiler.data_images import Preprocess, parse_preprocess
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.models import Source, module_source
+from sparsify_compiler.sources.data import load_data
+from sparsify_compiler.sources.images import Preprocess, parse_preprocess
+from sparsify_compiler.sources.models import Source, module_source
 
 Image = pytest.importorskip("PIL.Image", reason="needs the extra images")
 

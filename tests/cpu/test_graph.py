@@ -34,9 +34,10 @@ def test_a_residual_block_is_not_cut_inside_when_modules_are_named() -> None:
 
 def test_values_from_before_the_first_site_do_not_count_as_crossing() -> None:
     masks = tuple(f"mask{i}" for i in range(5))
-    steps = [Step((), masks, None), *(
-        Step((f"x{i}", *masks), (f"x{i + 1}",), f"w{i}", f"layers.{i}") for i in range(3)
-    )]
+    steps = [
+        Step((), masks, None),
+        *(Step((f"x{i}", *masks), (f"x{i + 1}",), f"w{i}", f"layers.{i}") for i in range(3)),
+    ]
     assert cut(steps) == [2, 3]
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import ModelError, TrustError
-from sparsify_compiler.models import demo_model_path, load_model, module_source, program_source
+from sparsify_compiler.sources.models import demo_model_path, load_model, module_source, program_source
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -227,7 +227,7 @@ def test_a_module_in_memory_is_described_and_left_alone() -> None:
 
 
 def test_importing_models_imports_no_optional_package() -> None:
-    program = "import sys, sparsify_compiler.models, sparsify_compiler.data; print('transformers' in sys.modules or 'PIL' in sys.modules)"  # noqa: E501
+    program = "import sys, sparsify_compiler.sources.models, sparsify_compiler.sources.data; print('transformers' in sys.modules or 'PIL' in sys.modules)"  # noqa: E501
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

@@ -10,7 +10,7 @@ from listing import START, STOP, first_line, listing, with_listing
 from size import source_files
 from typer.core import TyperGroup
 
-from sparsify_compiler.cli import build_app
+from sparsify_compiler.cli.main import build_app
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.recipe import format_recipe, parse_recipe
 

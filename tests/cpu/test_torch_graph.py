@@ -183,7 +183,7 @@ def test_both_hessian_products_of_a_slice_agree() -> None:
 
 def test_a_batch_that_does_not_fit_says_what_the_model_takes() -> None:
     graph = trace_module(seeded(Mlp), mlp_batches(1)[0])
-    with pytest.raises(DataError, match="takes 1 inputs .* got 2"):
+    with pytest.raises(DataError, match=r"takes 1 inputs .* got 2"):
         graph.enter((torch.zeros(1), torch.zeros(1)))
     with pytest.raises(DataError, match="by position"):
         graph.enter({"pixels": torch.zeros(1)})

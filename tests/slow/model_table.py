@@ -17,13 +17,13 @@ import torch
 
 import sparsify_compiler as sc
 from sparsify_compiler.api import open_source
-from sparsify_compiler.data import generate_data
 from sparsify_compiler.errors import ModelError, SparsifyError
 from sparsify_compiler.export.report import Report
-from sparsify_compiler.forwards import forward_of, refuses
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.frontends.onnx_generate import generate_inputs
-from sparsify_compiler.models import Source
+from sparsify_compiler.pipeline.forwards import forward_of, refuses
+from sparsify_compiler.sources.data import generate_data
+from sparsify_compiler.sources.models import Source
 
 RECIPE = sc.Recipe((sc.make_rule("*", sc.Unstructured(), sc.Wanda(), 0.5),))
 HEADER = "| model | sites | pruned | dense or refused, and why | bytes, dense to written | difference | seconds |"

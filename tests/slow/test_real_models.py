@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sparsify_compiler.batches import call
-from sparsify_compiler.data import demo_text, load_data
-from sparsify_compiler.data_images import parse_preprocess
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import perplexity, top_k_accuracy
-from sparsify_compiler.models import Source, demo_model_path, load_model
+from sparsify_compiler.sources.data import demo_text, load_data
+from sparsify_compiler.sources.images import parse_preprocess
+from sparsify_compiler.sources.models import Source, demo_model_path, load_model
 
 pytestmark = pytest.mark.slow
 

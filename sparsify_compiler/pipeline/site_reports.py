@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from sparsify_compiler.export.report import SiteReport
 from sparsify_compiler.kernel import Packed
-from sparsify_compiler.options import Options
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
+from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.tuning import timings
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.runtime.tune import Verdict
-from sparsify_compiler.tuning import timings
 
 
 def site_reports(

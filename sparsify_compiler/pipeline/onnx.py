@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from sparsify_compiler.compile_report import site_reports
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_packed_onnx
 from sparsify_compiler.export.report import Report
 from sparsify_compiler.frontends.onnx import load_onnx
-from sparsify_compiler.job import Job
 from sparsify_compiler.passes.moments import correct_moments
+from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.pipeline.site_reports import site_reports
 
 NO_KERNEL = (
     "an ONNX file runs in ONNX Runtime, which computes packed weights dense; sparse operators are not in this release"

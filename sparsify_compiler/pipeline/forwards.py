@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch, call, named_tensors, to_device
 from sparsify_compiler.errors import DataError, ModelError, SparsifyError
 from sparsify_compiler.evaluate import Forward
-from sparsify_compiler.models import Source
 from sparsify_compiler.runtime.ort import run, session
+from sparsify_compiler.sources.models import Source
 
 
 def forward_of(source: Source, device: torch.device) -> Forward:

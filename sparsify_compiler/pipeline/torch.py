@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call, to_device
-from sparsify_compiler.compile_report import site_reports
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
 from sparsify_compiler.export.report import FileReport, Report, Verification
@@ -17,16 +16,17 @@ from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, wri
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
 from sparsify_compiler.graph import Site
-from sparsify_compiler.job import Job, device_name
 from sparsify_compiler.kernel import Packed
-from sparsify_compiler.models_describe import describe
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pipeline.job import Job, device_name
+from sparsify_compiler.pipeline.site_reports import site_reports
+from sparsify_compiler.pipeline.tuning import Tuner, words
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.runtime.tune import Verdict
-from sparsify_compiler.tuning import Tuner, words
+from sparsify_compiler.sources.describe import describe
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.models import Source
+from sparsify_compiler.sources.models import Source
 
 DEFAULT_LENGTH = 2048
 

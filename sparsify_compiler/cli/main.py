@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sparsify_compiler.cli_compile import compile_verb, demo_verb, export_verb, report_verb
-from sparsify_compiler.cli_guard import install_bug_report
-from sparsify_compiler.cli_measure import bench_verb, evaluate_verb, inspect_verb, run_verb
+from sparsify_compiler.cli.compile import compile_verb, demo_verb, export_verb, report_verb
+from sparsify_compiler.cli.guard import install_bug_report
+from sparsify_compiler.cli.measure import bench_verb, evaluate_verb, inspect_verb, run_verb
 
 VERBS = (
     (

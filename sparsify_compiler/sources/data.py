@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, LazyBatches, named_tensors, sample_count
-from sparsify_compiler.data_generated import generated_batches
-from sparsify_compiler.data_images import ImageSet, Preprocess, array_images, read_images
-from sparsify_compiler.data_images import stack as stack_images
-from sparsify_compiler.data_tensors import (
+from sparsify_compiler.errors import DataError
+from sparsify_compiler.sources.generated import generated_batches
+from sparsify_compiler.sources.images import ImageSet, Preprocess, array_images, read_images
+from sparsify_compiler.sources.images import stack as stack_images
+from sparsify_compiler.sources.models import FACTORY, Source, import_attribute
+from sparsify_compiler.sources.tensors import (
     LABELS,
     Choice,
     Draw,
@@ -23,10 +25,8 @@ from sparsify_compiler.data_tensors import (
     fit_tensors,
     read_arrays,
 )
-from sparsify_compiler.data_tensors import stack as stack_tensors
-from sparsify_compiler.data_text import text_windows
-from sparsify_compiler.errors import DataError
-from sparsify_compiler.models import FACTORY, Source, import_attribute
+from sparsify_compiler.sources.tensors import stack as stack_tensors
+from sparsify_compiler.sources.text import text_windows
 
 IMAGES_A_BATCH = 32
 CALIBRATION_WINDOWS = 128

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify_compiler import cli_options as opt
-from sparsify_compiler.cli_guard import guard
-from sparsify_compiler.cli_jobs import bench_models, evaluate_model, inspect_model, run_model
-from sparsify_compiler.cli_progress import draw_progress
-from sparsify_compiler.cli_requests import BenchRequest, DataChoice, EvaluateRequest, InspectRequest, check_output
-from sparsify_compiler.cli_tables import draw_bench, draw_evaluation, draw_inspection, inspection_json
+from sparsify_compiler.cli import options as opt
+from sparsify_compiler.cli.guard import guard
+from sparsify_compiler.cli.jobs import bench_models, evaluate_model, inspect_model, run_model
+from sparsify_compiler.cli.progress import draw_progress
+from sparsify_compiler.cli.requests import BenchRequest, DataChoice, EvaluateRequest, InspectRequest, check_output
+from sparsify_compiler.cli.tables import draw_bench, draw_evaluation, draw_inspection, inspection_json
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.report_rows import printable
 from sparsify_compiler.runtime.bench import plot as plot_rows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Batch, InputSpec, LazyBatches
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.models import Source
+from sparsify_compiler.sources.models import Source
 
 LABELS = "labels"
 TOKEN_IDS = frozenset({"input_ids", "decoder_input_ids"})

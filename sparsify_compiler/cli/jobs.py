@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsify_compiler import api
 from sparsify_compiler.batches import Batch
-from sparsify_compiler.cli_requests import (
+from sparsify_compiler.cli.requests import (
     BenchRequest,
     CompileRequest,
     DataChoice,
@@ -19,15 +19,15 @@ from sparsify_compiler.cli_requests import (
     InspectRequest,
     RecipeChoice,
 )
-from sparsify_compiler.data import Data, demo_text, load_data
-from sparsify_compiler.data_images import parse_preprocess
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import Quality, Report, report_from_json
-from sparsify_compiler.models import Source, demo_model_path
-from sparsify_compiler.options import Options
+from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.runtime.bench import BenchRow
+from sparsify_compiler.sources.data import Data, demo_text, load_data
+from sparsify_compiler.sources.images import parse_preprocess
+from sparsify_compiler.sources.models import Source, demo_model_path
 
 
 def compile_model(request: CompileRequest, progress: Progress) -> Report:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Axis, Batch, InputSpec
-from sparsify_compiler.data_tensors import as_batch
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.models import Source
+from sparsify_compiler.sources.models import Source
+from sparsify_compiler.sources.tensors import as_batch
 
 SAMPLES = 2
 BATCHES = 2

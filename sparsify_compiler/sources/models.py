@@ -24,7 +24,7 @@ from torch.export.graph_signature import InputKind
 from sparsify_compiler.batches import Axis, Batch, InputSpec, forward_inputs
 from sparsify_compiler.errors import ModelError, TrustError
 from sparsify_compiler.frontends.onnx_file import read_model
-from sparsify_compiler.models_hf import TokenizerFiles, find_tokenizer, load_folder, load_gguf
+from sparsify_compiler.sources.huggingface import TokenizerFiles, find_tokenizer, load_folder, load_gguf
 
 Kind = Literal["hf", "gguf", "onnx", "pt2", "factory", "artefact", "module"]
 

@@ -1,4 +1,4 @@
-"""What each verb was asked for, as values: made from the options here, carried out in `cli_jobs`."""
+"""What each verb was asked for, as values: made from the options here, carried out in `cli.jobs`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Literal
 
 from sparsify_compiler.api import METHODS
 from sparsify_compiler.errors import ExportError, RecipeError
-from sparsify_compiler.options import Options
 from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.recipe import Recipe, make_rule, parse_recipe
 
 

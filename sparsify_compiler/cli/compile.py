@@ -7,16 +7,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from sparsify_compiler import cli_options as opt
-from sparsify_compiler.cli_guard import guard
-from sparsify_compiler.cli_jobs import compile_model, demo_request, export_artefact, read_report
-from sparsify_compiler.cli_progress import draw_progress
-from sparsify_compiler.cli_requests import CompileRequest, DataChoice, ExportRequest, RecipeChoice, check_output
+from sparsify_compiler.cli import options as opt
+from sparsify_compiler.cli.guard import guard
+from sparsify_compiler.cli.jobs import compile_model, demo_request, export_artefact, read_report
+from sparsify_compiler.cli.progress import draw_progress
+from sparsify_compiler.cli.requests import CompileRequest, DataChoice, ExportRequest, RecipeChoice, check_output
 from sparsify_compiler.export.report import Report
 from sparsify_compiler.export.report_rows import printable, size
 from sparsify_compiler.export.report_text import render_report, verification_words
-from sparsify_compiler.options import Options
-from sparsify_compiler.workspace import Workspace
+from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.workspace import Workspace
 
 RESUME = "segments that were finished are kept: give the same command with --resume to go on"
 

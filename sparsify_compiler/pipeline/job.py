@@ -23,13 +23,13 @@ from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import Forward, fidelity, perplexity, top_k_accuracy
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
 from sparsify_compiler.graph import Graph
-from sparsify_compiler.options import Options
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
+from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import Needs
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
-from sparsify_compiler.workspace import Workspace
 
 LIBRARIES = (
     "torch",
