@@ -23,7 +23,6 @@ from sparsify_compiler.export.report import FileReport, Quality, Report
 from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.torch import load_state, read_artefact
 from sparsify_compiler.frontends.onnx import load_onnx
-from sparsify_compiler.frontends.onnx_generate import generate_inputs
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.lower import lower, lowerable
@@ -48,9 +47,6 @@ from sparsify_compiler.sources.models import Source, import_attribute, load_mode
 Model = nn.Module | ExportedProgram | Source | Path | str
 """A module or program in memory, or a reference as the command line takes it."""
 
-GENERATED = 2
-"""Batches drawn for an ONNX file when no data was given."""
-
 __all__ = ["METHODS", "Heldout", "Inspection", "Options", "SiteInspection", "bench", "compile", "evaluate", "export"]
 __all__ += ["inspect", "load", "open_source", "run"]
 
@@ -69,8 +65,8 @@ def compile(
 
     A torch model comes back as a copy of the user's own module, class and methods intact (a GraphModule for a
     torch.export program); an ONNX file as the path of the new file, None without `options.output`. Without `batches`
-    only methods that need no statistics run, and outputs are compared on generated inputs, which the report says.
-    `heldout` is what quality is measured on, before and after.
+    (nor any from the model's own factory) only methods that need no statistics run, and outputs are compared on
+    generated inputs, which the report says. `heldout` is what quality is measured on, before and after.
 
     Raises:
         SparsifyError: anything the user can act on, in one sentence. `options.output` is then as it was before;
@@ -79,7 +75,7 @@ def compile(
     options = options or Options()
     source = open_source(model, trust)
     workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
-    given = _sequence(batches)
+    given = _sequence(batches) if batches is not None else source.batches
     if given is not None and not given:
         raise DataError("calibration: no batch was given; give at least one, or None for methods that need no data")
     made = given if given is not None else _generated(source, options.seed, options.torch_device())
@@ -258,12 +254,12 @@ def _compile(job: Job, source: Source) -> tuple[nn.Module | Path | None, Report]
         return compile_onnx(job, source.path)
     model = source.program if source.program is not None else source.module
     assert model is not None
+    if isinstance(model, nn.Module) and source.kind != "module":
+        model.to(job.options.torch_device())  # read here, so nobody else's
     return compile_torch(job, model, source.reference if source.kind == "factory" else "")
 
 
 def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
-    if source.kind == "onnx" and source.path is not None:
-        return [generate_inputs(load_onnx(source.path), seed + number) for number in range(GENERATED)]
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
 
 

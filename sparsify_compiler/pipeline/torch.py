@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call, to_device
@@ -55,7 +55,9 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
         lambda batch: call(dense, to_device(batch, home)),
         lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
     )
+    pruned.module.to("cpu")  # the files are written and checked there
     packed, files, verification, forms = _write(job, pruned, verdicts, reference)
+    pruned.module.to(device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
     tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device)
     patterns = {name: parse_pattern(site.pattern) for name, site in pruned.sites.items()}
@@ -117,8 +119,16 @@ def _reestimate(job: Job, module: nn.Module) -> None:
         return
     with job.stage("re-estimate BatchNorm"):
         layers = reestimate_batchnorm(module, job.batches, job.progress)
+    if _folded_batchnorm(module):
+        job.notes.append("BatchNorm statistics are constants of the traced program: they were not re-estimated")
     if layers:
         job.notes.append(f"the statistics of {layers} BatchNorm layers were re-estimated on the calibration data")
+
+
+def _folded_batchnorm(module: nn.Module) -> bool:
+    """Say whether a traced program normalises by statistics that are plain buffers, not a BatchNorm layer's."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return any("batch_norm" in str(node.target) for node in nodes)
 
 
 def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lowerable], dict[str, str]]:

@@ -43,10 +43,9 @@ class Tuner:
         return format_for(pattern).pack(weight, part.keep.to(self.device), pattern, part.site.run)
 
     def build(self, part: Lowerable, pattern: Pattern, kernel: str) -> nn.Module:
-        """Make the module that runs the weight on `kernel`, on the device the weight is on."""
-        weight = part.weight.to(self.dtype)
-        packed = format_for(pattern).pack(weight, part.keep, pattern, part.site.run)
-        return SparseLinear(packed, part.bias, kernel, self.tokens)
+        """Make the module that runs the weight on `kernel`, on the device it was measured on."""
+        bias = None if part.bias is None else part.bias.to(self.device, self.dtype)
+        return SparseLinear(self.pack(part, pattern), bias, kernel, self.tokens)
 
 
 def timings(verdict: Verdict) -> tuple[Timing, ...]:

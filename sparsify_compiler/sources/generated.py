@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Axis, Batch, InputSpec
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.frontends.onnx import load_onnx
+from sparsify_compiler.frontends.onnx_generate import generate_inputs
 from sparsify_compiler.sources.models import Source
 from sparsify_compiler.sources.tensors import as_batch
 
@@ -22,12 +24,16 @@ def generated_batches(source: Source, seed: int, refuses: Callable[[Batch], str 
     """Make `BATCHES` seeded random batches of `SAMPLES` samples that the model accepts.
 
     Floats are standard normal; integers lie below the table that reads them where there is one; masks are ones.
-    Inputs that share the name of a free axis share its length. `refuses` runs a batch and returns None, or why the
+    Inputs that share the name of a free axis share its length. For an ONNX file ONNX Runtime itself says what it
+    takes (`frontends.onnx_generate`). `refuses` runs a batch and returns None, or why the
     model cannot take it: lengths of free axes are tried in a few steps.
 
     Raises:
         DataError: the model does not say what it takes, or refuses everything tried.
     """
+    if source.kind == "onnx" and source.path is not None:
+        graph = load_onnx(source.path)
+        return [generate_inputs(graph, seed + number, SAMPLES) for number in range(BATCHES)]
     specs = declared_inputs(source)
     reason: str | None = None
     for lengths in _attempts(specs):
