@@ -40,6 +40,19 @@ REFUSED = {
     aten.gru.input: "recurrent cell: its weights are read once a time step inside one operation",
     aten.rnn_tanh.input: "recurrent cell: its weights are read once a time step inside one operation",
 }
+KINDS = {
+    aten.conv_transpose1d.default: "ConvTranspose1d",
+    aten.conv_transpose2d.input: "ConvTranspose2d",
+    aten.conv_transpose3d.input: "ConvTranspose3d",
+    F.conv_transpose1d: "ConvTranspose1d",
+    F.conv_transpose2d: "ConvTranspose2d",
+    F.conv_transpose3d: "ConvTranspose3d",
+    aten.einsum.default: "einsum",
+    aten.bilinear.default: "Bilinear",
+    aten.lstm.input: "LSTM",
+    aten.gru.input: "GRU",
+    aten.rnn_tanh.input: "RNN",
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def _from_function(node: fx.Node, lookup: Callable[[str], Any]) -> Iterator[Prod
             name = _parameter(source)
             value = None if name is None else lookup(name)
             if isinstance(value, Tensor) and value.dim() >= 2:
-                yield Product(node, str(target).split(".")[-2], str(name), None, None, REFUSED[target])
+                yield Product(node, KINDS.get(target, str(target)), str(name), None, None, REFUSED[target])
 
 
 def _from_matmul(node: fx.Node, lookup: Callable[[str], Any]) -> Iterator[Product]:

@@ -14,6 +14,7 @@ from sparsify_compiler.graph import Graph, MatmulLayout, Site
 from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.pipeline.job import peak_memory_bytes
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.recipe import make_rule
 from sparsify_compiler.runtime.kernels import capability, kernels
@@ -50,7 +51,8 @@ def inspect_graph(
 ) -> Inspection:
     """Run the first batch through `graph`, count what every site reads, and estimate the cost of compiling.
 
-    `model_bytes` is the size of the weights; compile holds them twice, the user's and the pruned ones.
+    `model_bytes` is the size of the weights: compile holds them twice, the user's, which this process has read, and
+    the pruned ones.
     """
     counts, seconds = _count(graph, batches[0])
     rows = tuple(
@@ -66,7 +68,7 @@ def inspect_graph(
     chosen = [site for site in graph.sites if site.refusal is None and site.dense_by_default is None]
     walk = Walk(graph, batches, [Decision(site, rule) for site in chosen])
     estimate = walk.estimate()
-    memory = 2 * model_bytes + estimate.statistics_bytes + estimate.boundary_bytes
+    memory = peak_memory_bytes() + model_bytes + estimate.statistics_bytes + estimate.boundary_bytes
     work = sum(2.0 * site.groups * site.out * site.in_**2 * REFIT_PRODUCTS for site in chosen)
     gathering = sum(2.0 * site.in_**2 * counts.get(site.reads, 0) * len(batches) for site in chosen)
     rate = _rate(device)
