@@ -42,7 +42,7 @@ _LEAST_IR = 8  # model-local functions
 
 @dataclass(frozen=True)
 class SiteWeight:
-    """A pruned weight that is in an ONNX graph, and the products that read it.
+    """A pruned weight that is in an ONNX graph, and the products that read it, in execution order.
 
     `weight` (groups, out, in), in the dtype the products read, is exactly what the graph holds, zero where `keep`
     (groups, out, in) bool is False. `run` columns share one kernel tap. `metadata` is written with the node: chosen
@@ -120,10 +120,10 @@ def _write_site(
     model: onnx_ir.Model, site: SiteWeight, opset: int, flavour: Flavour, used: set[tuple[str, bool]]
 ) -> SiteForm:
     """Write one site; the functions its nodes need are added to `used`."""
-    if site.weight[~site.keep].any():
+    if alive := int(((site.weight != 0) & ~site.keep).sum()):
         raise ExportError(
-            f"site {site.name!r}: the graph's weight is not zero in {int(site.weight[~site.keep].count_nonzero())} "
-            "pruned entries; export the pruned model, not the dense one"
+            f"site {site.name!r}: the graph's weight is not zero in {alive} pruned entries; "
+            "export the pruned model, not the dense one"
         )
     weight = site.weight.reshape(-1, site.weight.shape[-1])  # (groups * out, in)
     keep = site.keep.reshape(weight.shape)

@@ -17,7 +17,7 @@ from sparsify_compiler.runtime.formats import packed_tensors
 def rewrite_products(
     graph: onnx_ir.Graph, name: str, products: Sequence[Product], packed: Packed, opset: int
 ) -> list[onnx_ir.Node]:
-    """Replace `products`, which all read the weight of site `name`, and return the nodes in domain ai.sparsify.
+    """Replace `products`, all that read the weight of site `name`, in execution order; return the ai.sparsify nodes.
 
     The packed tensors become initialisers once, `<name>.values` and so on. A plain product becomes a `Linear` node of
     the same name; any other node keeps everything but its weight input, which a `Weight` node now computes.
@@ -26,7 +26,7 @@ def rewrite_products(
     inputs = _add_initialisers(graph, name, packed)
     nodes: list[onnx_ir.Node] = []
     made: dict[tuple[tuple[int, ...], tuple[int, ...]], onnx_ir.Value] = {}
-    for product in sorted(products, key=lambda product: graph.index(product.node)):
+    for product in products:
         if is_plain(product):
             nodes.append(_replace_product(graph, product, inputs, packed, opset))
             continue

@@ -105,9 +105,10 @@ TORCH_DTYPES: Mapping[onnx_ir.DataType, torch.dtype] = {
 
 def _obeys(weight: Tensor, keep: Tensor) -> bool:
     """Tell whether `weight` is zero where `keep` is False, and is not so sparse that any mask would do."""
-    if weight.shape != keep.shape or bool(weight[~keep].any()):
+    if weight.shape != keep.shape:
         return False
-    return 2 * int(weight.count_nonzero()) >= int(keep.count_nonzero())
+    alive = weight != 0
+    return not bool((alive & ~keep).any()) and 2 * int(alive.sum()) >= int(keep.sum())
 
 
 def _site_weight(name: str, products: tuple[Product, ...], weight: Tensor, mask: SiteMask) -> SiteWeight:
