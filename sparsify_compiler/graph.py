@@ -163,9 +163,10 @@ def cut(steps: Sequence[Step], most_live: int = 2) -> list[int]:
     allowed = [p for p in range(1, len(steps)) if p not in forbidden and crossing[p] <= most_live]
     if named:
         allowed = [p for p in allowed if _leaves_block(steps, p)]
-    elif allowed:
-        least = min(crossing[p] for p in allowed if first_site < p <= with_site[-1]) if len(with_site) > 1 else 0
-        allowed = [p for p in allowed if crossing[p] <= least]
+    else:
+        between = [p for p in allowed if first_site < p <= with_site[-1]]
+        least = min((crossing[p] for p in between), default=0)
+        allowed = [p for p in between if crossing[p] <= least]
     start = 0
     for p in allowed:
         if any(start <= i < p for i in with_site) and any(i >= p for i in with_site):

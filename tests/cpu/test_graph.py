@@ -63,3 +63,7 @@ def test_a_wrapper_that_holds_every_site_is_looked_through() -> None:
     assert number_blocks(paths, [True, True, True, False]) == [
         "0.encoder.layer.0", "0.encoder.layer.1", "0.encoder.layer.2", "1",
     ]  # fmt: skip
+
+
+def test_a_weight_used_twice_and_nothing_else_is_one_segment() -> None:
+    assert cut(chain(None, "a", None, "a", None)) == []
