@@ -15,7 +15,7 @@ from sparsify_compiler.frontends.layout import from_problem, to_problem
 from sparsify_compiler.frontends.torch_parts import Parts, divide
 from sparsify_compiler.frontends.torch_run import Runner, dotted, move_constants, replace_parameter
 from sparsify_compiler.frontends.torch_sites import Product
-from sparsify_compiler.frontends.torch_trace import Traced, from_program, trace
+from sparsify_compiler.frontends.torch_trace import Traced, fixed_size, from_program, trace
 from sparsify_compiler.graph import Observer, Segment, Site, Values
 
 MOST_SHAPES = 8
@@ -69,6 +69,7 @@ class TorchGraph:
         if self._device != at:
             move_constants(self.module, self._device)
         self._runner = Runner(self._parts.products, self._fetch)
+        self._traced_inputs = {n.name: n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"}
         self._by_name = {site.name: site for site in self._parts.sites}
         self._resident: dict[str, Any] = {}
         self._resident_segment = -1
@@ -117,6 +118,7 @@ class TorchGraph:
             )
         values: Values = {}
         for name, value in zip(placeholders, inputs, strict=True):
+            self._check_input(name, value)
             values[name] = value
         sizes = [node for node in self._parts.constant_nodes if node.name in self._parts.size_names]
         loaded = {name: self._place(value) for name, value in values.items()}
@@ -205,11 +207,14 @@ class TorchGraph:
         return from_problem(weight, site.layout, site.shape)
 
     def _overrides(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        return {
-            name: self._native(self._by_name[site], weight)
-            for site, weight in (weights or {}).items()
-            for name in self._parts.aliases[self._by_name[site].parameter]
-        }
+        """Bring weights of problems into the model's own form, dtype and device, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for site, weight in (weights or {}).items():
+            parameter = self._by_name[site].parameter
+            dtype = dotted(self.module, parameter).dtype
+            native = self._native(self._by_name[site], weight).to(self._device, dtype)
+            found.update(dict.fromkeys(self._parts.aliases[parameter], native))
+        return found
 
     def _arrange(self, batch: Batch) -> Sequence[Any]:
         """Order a batch as the graph's placeholders, defaults for what only the trace needed (use_cache)."""
@@ -226,6 +231,22 @@ class TorchGraph:
             expected = ", ".join(name for name in self.traced.keywords if name != "use_cache")
             raise DataError(f"the model was traced with inputs {expected or 'by position'}; got {', '.join(batch)}")
         return [batch[name] if name in batch else self._default(name) for name in self.traced.keywords]
+
+    def _check_input(self, name: str, value: Any) -> None:
+        """Compare an input with what was traced. Raises DataError for another rank, dtype or fixed length."""
+        traced = self._traced_inputs.get(name)
+        if not isinstance(traced, Tensor) or not isinstance(value, Tensor):
+            return
+        asked = [fixed_size(size) for size in traced.shape]
+        fits = len(asked) == value.dim() and all(
+            size in (None, found) for size, found in zip(asked, value.shape, strict=True)
+        )
+        if not fits or value.dtype != traced.dtype:
+            sizes = ", ".join("any" if size is None else str(size) for size in asked)
+            raise DataError(
+                f"input {name!r} is {value.dtype} {tuple(value.shape)}; traced on the first batch, the model takes "
+                f"{traced.dtype} ({sizes}); give batches of one kind"
+            )
 
     def _default(self, name: str) -> Any:
         if name == "use_cache":
@@ -245,7 +266,10 @@ class TorchGraph:
         return self._constants[key]
 
     def _place(self, value: Any) -> Any:
-        return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        placed = value.to(self._device, non_blocking=True)
+        return placed.clone() if placed is value and self.traced.in_place else placed
 
     def _fetch(self, name: str) -> Any:
         value = dotted(self.module, name)

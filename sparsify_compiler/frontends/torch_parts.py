@@ -163,6 +163,7 @@ def _sites(
     for product in products.values():
         uses.setdefault(aliases.get(product.parameter, (product.parameter,))[0], []).append(product)
     others = other_readers(module, products, aliases)
+    stored = module.state_dict()
     sites: list[Site] = []
     site_products: dict[str, tuple[fx.Node, ...]] = {}
     reads: dict[fx.Node, str] = {}
@@ -171,6 +172,8 @@ def _sites(
         layouts = {product.layout for product in found if product.layout is not None}
         layout = found[0].layout
         refusal = next((product.refusal for product in found if product.refusal), None)
+        if refusal is None and canonical not in stored:
+            refusal = "the weight is not in the model's state dict; make it a parameter or a persistent buffer"
         if refusal is None and len(layouts) > 1:
             refusal = "the weight is used in different ways at different places"
         readers = others.get(canonical, set())

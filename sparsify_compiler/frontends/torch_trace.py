@@ -1,7 +1,9 @@
 """From a torch module to one torch.fx graph: torch.export first, torch.fx.symbolic_trace second."""
 
 import inspect
+import operator
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,8 @@ class Traced:
     """A graph and how to call it.
 
     `positional` is the number of leading positional inputs, `keywords` the names of the rest, in placeholder order.
-    `how` names the tracer in words; `dynamic` says whether sizes other than the example's may be given.
+    `how` names the tracer in words; `dynamic` says whether batch sizes other than the example's may be given.
+    `in_place` says that operations may write into the values they read.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +46,7 @@ class Traced:
     keywords: tuple[str, ...]
     how: str
     dynamic: bool
+    in_place: bool = False
 
 
 @contextmanager
@@ -81,7 +85,7 @@ def trace(module: nn.Module, batch: Batch) -> Traced:
 
 def from_program(program: ExportedProgram) -> Traced:
     """Take the graph of a saved torch.export program."""
-    graph_module = program.module()
+    graph_module = _functional(program).module()
     args_spec, kwargs_spec = program.call_spec.in_spec.children()
     keywords = tuple(kwargs_spec.context or ())
     if args_spec.num_leaves != args_spec.num_children:
@@ -98,13 +102,15 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         shapes = None if kind is None else _dynamic_shapes(module, example, kind)
         try:
             with torch.no_grad():
-                program = torch.export.export(module, example[0], example[1], dynamic_shapes=shapes)
+                program = _functional(torch.export.export(module, example[0], example[1], dynamic_shapes=shapes))
         except TRACE_FAILURES as error:
             first_error = first_error or error
             continue
-        how = "torch.export" if kind is not None else "torch.export with fixed sizes"
-        graph_module = _clean(program.module())
-        return Traced(graph_module, len(args), tuple(kwargs), how, dynamic=kind is not None)
+        free = kind is not None and _batch_is_free(program)
+        if kind is Dim.AUTO and not free and example[0] is not args:
+            continue  # the model fixed the size of the grown batch, which is not the caller's
+        how = "torch.export" if free else "torch.export with fixed sizes"
+        return Traced(_clean(program.module()), len(args), tuple(kwargs), how, dynamic=free)
     assert first_error is not None
     raise first_error
 
@@ -120,21 +126,67 @@ def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if node.users:
                 raise ValueError(f"forward argument {node.name!r} has no value in the batch")
             graph_module.graph.erase_node(node)
-    return Traced(graph_module, len(args), keywords, "torch.fx.symbolic_trace", dynamic=True)
+    return Traced(graph_module, len(args), keywords, "torch.fx.symbolic_trace", dynamic=True, in_place=True)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Return the program without operations that write into what they read: segments are run more than once."""
+    for graph_module in program.graph_module.modules():
+        if isinstance(graph_module, fx.GraphModule) and any(_writes(node) for node in graph_module.graph.nodes):
+            with warnings.catch_warnings():  # torch warns of itself
+                warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+                functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    return program
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    """Say whether axis 0 of every tensor input may have another size than the example's."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    return all(fixed_size(v.shape[0]) is None for v in values if isinstance(v, Tensor) and v.dim())
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """Return the one length that tracing allows an axis, or None where it is free."""
+    fixed: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return fixed
 
 
 def _clean(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Drop guards and assertions on sizes and devices, and what nothing reads."""
+    """Drop guards and assertions on sizes and devices, writes to inputs and buffers, and what nothing reads."""
     graph = graph_module.graph
     asserts = {"_guards_fn"}
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
         named = str(node.target)
-        if named in asserts or "_assert" in named or "sym_constrain_range" in named:
+        if named in asserts or "_assert" in named or "sym_constrain_range" in named or named == "aten.copy_.default":
             graph.erase_node(node)
+    _restore_batch_norm(graph)
     graph.eliminate_dead_code()
     return graph_module
+
+
+def _restore_batch_norm(graph: fx.Graph) -> None:
+    """Write what `_functional` made of a BatchNorm in eval mode as the one operation it was."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+            *tensors, momentum, epsilon = node.args
+            with graph.inserting_before(node):
+                whole = graph.call_function(
+                    torch.ops.aten.batch_norm.default, (*tensors, False, momentum, epsilon, False)
+                )
+            for user in list(node.users):
+                assert user.target is operator.getitem
+                whole.meta = dict(user.meta)
+                user.replace_all_uses_with(whole)
+                graph.erase_node(user)
+            graph.erase_node(node)
 
 
 def _grow(tree: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:

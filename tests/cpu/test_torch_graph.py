@@ -236,3 +236,70 @@ def test_hugging_face_models_run_segment_by_segment() -> None:
     other = {"input_ids": torch.randint(0, 40, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     with torch.no_grad():
         assert torch.equal(run_all(graph, other)[0], call(module, other)[0])
+
+
+class InPlace(nn.Module):
+    """Writes into its input and into what crosses the segments, as vision models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(inplace=True), nn.Conv2d(8, 8, 3), nn.SiLU(inplace=True)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.head(self.layers(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("tracer", ["export", "symbolic"])
+def test_operations_in_place_change_neither_the_data_nor_a_second_run(tracer: str) -> None:
+    module, x = seeded(InPlace), image_batches(1)[0]
+    if tracer == "export":
+        graph = trace_module(module, x.clone())
+    else:
+        traced = torch.fx.symbolic_trace(module)
+        graph = TorchGraph(Traced(traced, 1, (), "torch.fx.symbolic_trace", dynamic=True, in_place=True))
+    before = x.clone()
+    values = graph.enter(x)
+    for segment in graph.segments:
+        graph.run_segment(segment.index, values)
+        values = graph.run_segment(segment.index, values)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        assert torch.equal(graph.outputs(values)[0], module(x.clone()))
+
+
+def test_a_batch_normalisation_stays_one_operation_where_others_work_in_place() -> None:
+    names = [str(node.target) for node in trace_module(seeded(InPlace), image_batches(1)[0]).module.graph.nodes]
+    assert "aten.batch_norm.default" in names
+    assert not any("native" in name or "_.default" in name for name in names)
+
+
+class FixedBatch(nn.Module):
+    """Reads its batch size as a Python integer, which fixes it when traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)).reshape(int(x.shape[0]), -1))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_model_that_fixes_its_batch_size_is_traced_at_the_callers(size: int) -> None:
+    module, x = seeded(FixedBatch), torch.randn(size, 8)
+    graph = trace_module(module, x)
+    assert not graph.traced.dynamic
+    with torch.no_grad():
+        assert torch.equal(run_all(graph, x)[0], module(x))
+    with pytest.raises(DataError, match=r"is torch.float32 \(5, 8\); traced on the first batch"):
+        graph.enter(torch.randn(5, 8))
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 5, 31), torch.zeros(2, 32), torch.zeros(2, 5, 32).double()])
+def test_inputs_of_another_rank_length_or_dtype_are_refused(batch: Tensor) -> None:
+    with pytest.raises(DataError, match="give batches of one kind"):
+        trace_module(seeded(Mlp), mlp_batches(1)[0]).enter(batch)
