@@ -6,6 +6,7 @@ the values alive between two segments are kept per batch, on the host.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
 from sparsify_compiler.errors import CalibrationError
-from sparsify_compiler.graph import Graph, Site, Values
+from sparsify_compiler.graph import Graph, Observer, Site, Values
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Targets
 from sparsify_compiler.progress import Progress, silent
@@ -54,6 +55,11 @@ class Walk:
 
     def __post_init__(self) -> None:
         self._chosen = {d.site.name: (d.site, d.rule) for d in self.decisions if d.rule is not None}
+        self._groups = {
+            problem: (site.name, group)
+            for site, _ in self._chosen.values()
+            for group, problem in enumerate(site.problem_names())
+        }
         self._dense: dict[str, Tensor] = {}
         self._dense_boundaries: list[Values] | None = None
 
@@ -68,32 +74,41 @@ class Walk:
             stage = f"prune {segment.name}"
             self.progress(stage, segment.index, last + 1)
             saved = self.checkpoint.read(segment.index) if self.checkpoint is not None else None
+            if self.dense_targets:
+                self._dense.update({site.name: self.graph.weight(site) for site, _ in sites})
             if saved is not None:
-                self._restore(saved)
+                self._restore(saved, sites)
             elif sites:
                 yield from self._segment_problems(segment.index, boundaries, sites)
                 self._finish(segment.index, sites)
             if segment.index < last:
+                if self._dense_boundaries is not None:
+                    self._advance(segment.index, self._dense_boundaries, self._dense)
                 self._advance(segment.index, boundaries)
         self.progress("prune", last + 1, last + 1)
 
     def accept(self, name: str, solution: LayerSolution, record: Mapping[str, Any] | None = None) -> None:
         """Take the solution of the problem `name`; `record` is what a checkpoint should remember of its site."""
-        site_name, _, group = name.rpartition("[group ")
-        site_name, index = (site_name, int(group.rstrip("]"))) if site_name else (name, 0)
-        self._pending.setdefault(site_name, {})[index] = solution
+        site_name, group = self._groups[name]
+        self._pending.setdefault(site_name, {})[group] = solution
         if record is not None:
             self._records[name] = record
 
     def loss(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
         """Return mean ‖y − y_dense‖² over the outputs of batch number `batch`, differentiable in `weights`.
 
-        `weights` maps site names to (out, in), or (groups, out, in) where a site has groups.
+        `weights` maps problem names to (out, in); a site with groups needs all of its problems.
         """
-        lifted = {name: weight if weight.dim() == 3 else weight.unsqueeze(0) for name, weight in weights.items()}
+        if not self.dense_targets:
+            raise CalibrationError("the dense weights were not kept; walk with dense_targets=True")
+        parts: dict[str, dict[int, Tensor]] = {}
+        for name, weight in weights.items():
+            site, group = self._groups[name]
+            parts.setdefault(site, {})[group] = weight
+        lifted = {site: torch.stack([groups[group] for group in sorted(groups)]) for site, groups in parts.items()}
         outputs = self._outputs(batch, lifted)
         with torch.no_grad():
-            targets = self._outputs(batch, {name: self._dense_weight(name) for name in self._chosen})
+            targets = self._outputs(batch, self._dense)
         terms = [
             (new - target).square().mean()
             for new, target in zip(outputs, targets, strict=True)
@@ -131,8 +146,6 @@ class Walk:
                 self.starved.append(site.name)
                 continue
             weight = self.graph.weight(site)
-            if self.dense_targets:
-                self._dense.setdefault(site.name, weight)
             for group, name in enumerate(site.problem_names()):
                 yield self._problem(name, site, rule, weight[group], seen, group)
 
@@ -176,22 +189,33 @@ class Walk:
         if not moments:
             return {}
         for number, values in enumerate(boundaries):
-            dense_inputs = self._dense_inputs(index, number, moments) if self.dense_targets else {}
-
-            def observe(
-                key: str, x: Tensor, number: int = number, dense: dict[str, list[Tensor]] = dense_inputs
-            ) -> None:
-                if key in moments:
-                    moments[key].add(x, names[key], number)
-                    if dense:
-                        moments[key].add_pair(x, dense[key].pop(0))
-
-            with torch.no_grad():
-                self.graph.run_segment(index, values, observe)
+            dense = self._dense_inputs(index, number, moments) if self.dense_targets else {}
+            self._run(index, number, values, partial(_add, moments, names, number, dense))
         return moments
 
+    def _run(
+        self,
+        index: int,
+        number: int,
+        values: Values,
+        observe: Observer | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Values:
+        """Run a segment on what batch `number` left before it. Raises CalibrationError where the batch does not fit."""
+        try:
+            with torch.no_grad():
+                return self.graph.run_segment(index, values, observe, weights)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:  # what torch raises for sizes and ids that do not fit
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CalibrationError(
+                f"calibration batch {number} cannot be run through {self.graph.segments[index].name}: {reason}; "
+                "every batch must fit the model, in sizes and in vocabulary"
+            ) from error
+
     def _dense_inputs(self, index: int, number: int, moments: Mapping[str, Moments]) -> dict[str, list[Tensor]]:
-        """Run the dense model's segment on its own boundary: collect what its sites read, and move it on."""
+        """Run the dense model's segment on its own boundary and collect what its sites read."""
         assert self._dense_boundaries is not None
         collected: dict[str, list[Tensor]] = {key: [] for key in moments}
 
@@ -199,9 +223,7 @@ class Walk:
             if key in collected:
                 collected[key].append(x)
 
-        with torch.no_grad():
-            after = self.graph.run_segment(index, self._dense_boundaries[number], observe, self._dense)
-        self._dense_boundaries[number] = self._host(after)
+        self._run(index, number, self._dense_boundaries[number], observe, self._dense)
         return collected
 
     def _finish(self, index: int, sites: Sequence[tuple[Site, Rule]]) -> None:
@@ -224,28 +246,23 @@ class Walk:
         if self.checkpoint is not None:
             self.checkpoint.write(index, saved)
 
-    def _restore(self, saved: Mapping[str, SavedSite]) -> None:
+    def _restore(self, saved: Mapping[str, SavedSite], sites: Sequence[tuple[Site, Rule]]) -> None:
+        self.starved.extend(site.name for site, _ in sites if site.name not in saved)
         for name, site in saved.items():
             self.graph.set_weight(self._chosen[name][0], site.weight)
             self.tokens[name] = int(site.record["tokens"])
         self.finished.update(saved)
 
-    def _advance(self, index: int, boundaries: list[Values]) -> None:
-        """Replace every batch's boundary by the one after the segment, through the weights as they are now."""
+    def _advance(self, index: int, boundaries: list[Values], weights: Mapping[str, Tensor] | None = None) -> None:
+        """Replace every batch's boundary by the one after the segment, through `weights` or those of now."""
         for number, values in enumerate(boundaries):
-            with torch.no_grad():
-                boundaries[number] = self._host(self.graph.run_segment(index, values))
+            boundaries[number] = self._host(self._run(index, number, values, weights=weights))
 
     def _outputs(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         values = self.graph.enter(self.batches[batch])
         for segment in self.graph.segments:
             values = self.graph.run_segment(segment.index, values, weights=weights)
         return self.graph.outputs(values)
-
-    def _dense_weight(self, name: str) -> Tensor:
-        if name not in self._dense:
-            raise CalibrationError(f"site {name!r}: the dense weight was not kept; walk with dense_targets=True")
-        return self._dense[name]
 
     @staticmethod
     def _host(values: Values) -> Values:

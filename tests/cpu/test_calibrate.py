@@ -206,3 +206,57 @@ def test_the_memory_estimate_counts_shared_inputs_once_and_grows_with_batches() 
     _, many = walk_of(seeded(Mlp), mlp_batches(4))
     assert few.estimate().statistics_bytes == 8 * (32 * 32 + 64 * 64)
     assert many.estimate().boundary_bytes == 2 * few.estimate().boundary_bytes
+
+
+def test_the_dense_model_is_walked_through_segments_without_a_chosen_site_and_resumed_ones(tmp_path: Path) -> None:
+    batches = mlp_batches()
+    rules = tuple(make_rule(f"blocks.{number}.*", Unstructured(), SparseGPT(), 0.5) for number in (0, 2, 3))
+
+    def walk_to(name: str, resume: bool) -> float | None:
+        graph = trace_module(seeded(Mlp), batches[0])
+        walk = Walk(
+            graph,
+            batches,
+            decide(Recipe(rules), graph.sites),
+            Checkpoint(tmp_path, "run", resume),
+            dense_targets=True,
+        )
+        for problem in walk.layers():
+            if problem.name == name:
+                return problem.loss(problem.weight)
+            walk.accept(problem.name, SparseGPT().prune(problem))
+        return None
+
+    dense, pruned = seeded(Mlp), seeded(Mlp)
+    graph = trace_module(seeded(Mlp), batches[0])
+    walk = Walk(graph, batches, decide(Recipe(rules[:2]), graph.sites))
+    Layerwise(SparseGPT()).prune_model(walk)
+    for site in graph.sites[:6]:
+        pruned.get_submodule(site.name).weight.data = graph.weight(site)[0]  # type: ignore[union-attr]
+    weight = dense.get_submodule("blocks.3.up").weight.detach().double()  # type: ignore[union-attr]
+    wanted, given = (inputs_of(module, "blocks.3.up", batches) @ weight.t() for module in (dense, pruned))
+    exact = float((wanted - given).square().sum() / len(wanted))
+    energy = float(wanted.square().sum() / len(wanted))
+    # Differences of float32 products: error about 1e-6 of the energy.
+    assert walk_to("blocks.3.up", resume=False) == pytest.approx(exact, abs=1e-5 * energy)
+    assert walk_to("blocks.3.up", resume=True) == pytest.approx(exact, abs=1e-5 * energy)
+
+
+def test_a_batch_that_the_model_cannot_run_is_named() -> None:
+    module = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    _, walk = walk_of(module, [torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), 10)])
+    with pytest.raises(CalibrationError, match="batch 1 cannot be run"):
+        prune_layerwise(walk)
+
+
+def test_the_model_loss_takes_the_problems_of_a_grouped_convolution() -> None:
+    graph, walk = walk_of(seeded(Cnn), image_batches(), Magnitude(), dense_targets=True)
+    dense = {
+        name: graph.weight(site)[group]
+        for site in graph.sites
+        if site.refusal is None and site.dense_by_default is None
+        for group, name in enumerate(site.problem_names())
+    }
+    Layerwise(Magnitude()).prune_model(walk)
+    assert walk.loss(dense, 0).item() == 0.0
+    assert walk.loss({}, 0).item() > 0
