@@ -7,7 +7,7 @@ replaced atomically after the segment's file is durable, so at any moment it nam
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def durable_write(path: Path, data: bytes) -> None:
         ) from None
 
 
-def digest(*parts: object) -> str:
-    """Hash tensors and printable values into a fingerprint."""
+def digest(parts: Iterable[object]) -> str:
+    """Hash tensors and printable values, taken one at a time, into a fingerprint."""
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):

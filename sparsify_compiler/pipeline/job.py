@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -141,16 +142,18 @@ class Job:
         )
 
     def _fingerprint(self, graph: Graph, decisions: Sequence[Decision], data: Sequence[Batch]) -> str:
-        weights = [graph.weight(d.site) for d in decisions if d.rule is not None]
-        tensors = [tensor for batch in data for _, tensor in named_tensors(batch)]
+        weights = (graph.weight(d.site) for d in decisions if d.site.refusal is None)
+        tensors = (tensor for batch in data for _, tensor in named_tensors(batch))
         versions = [torch.__version__, metadata.version("sparsify-compiler")]
         names = [(d.site.name, d.site.segment, d.rule is not None) for d in decisions]
         device = self.options.torch_device().type
-        return digest(*versions, device, format_recipe(self.recipe), names, *weights, *tensors)
+        return digest(chain((*versions, device, format_recipe(self.recipe), names), weights, tensors))
 
 
 def measure(dense: Forward | None, sparse: Forward, data: Heldout, progress: Progress) -> tuple[Quality, ...]:
     """Measure what the data allows: top-1 and top-5 accuracy with labels, perplexity on token ids, else fidelity."""
+    if not data.batches:
+        raise DataError(f"{data.description}: no batch was given; give at least one")
     if data.labels is not None:
         after = top_k_accuracy(sparse, data.batches, data.labels, progress=progress)
         before = top_k_accuracy(dense, data.batches, data.labels, progress=progress) if dense else (None, None)
