@@ -5,9 +5,11 @@
 The model that is given is never changed. Nothing is fetched, and nothing that runs code is read without `trust`.
 """
 
-import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, to_device
-from sparsify_compiler.errors import DataError, ExportError, SparsifyError
+from sparsify_compiler.errors import DataError, ExportError
 from sparsify_compiler.export.onnx_model import OnnxSite, WrittenOnnx, write_torch_onnx
 from sparsify_compiler.export.onnx_pack import Flavour
-from sparsify_compiler.export.report import FileReport, Quality, Report
-from sparsify_compiler.export.report_html import report_html
-from sparsify_compiler.export.torch import load_state, read_artefact
+from sparsify_compiler.export.report import Quality, Report
+from sparsify_compiler.export.report_html import write_report
+from sparsify_compiler.export.torch import Artefact, load_state, read_artefact
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.graph import Graph
@@ -75,9 +77,7 @@ def compile(
     options = options or Options()
     source = open_source(model, trust)
     workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
-    given = _sequence(batches) if batches is not None else source.batches
-    if given is not None and not given:
-        raise DataError("calibration: no batch was given; give at least one, or None for methods that need no data")
+    given = _given(batches, source)
     made = given if given is not None else _generated(source, options.seed, options.torch_device())
     held = heldout if isinstance(heldout, Heldout) or heldout is None else Heldout(_sequence(heldout) or ())
     job = Job(source.reference, recipe, options, made, given is None, held, progress, workspace)
@@ -88,7 +88,7 @@ def compile(
         result, report = _compile(job, source)
         if source.tokenizer is not None:
             source.tokenizer.save(workspace.files)  # so that the output folder can be evaluated on text
-        report = _write_report(report, workspace)
+        report = write_report(report, workspace.files)
         workspace.commit()
     except BaseException:
         workspace.abandon()
@@ -109,22 +109,18 @@ def load(folder: Path | str, into: nn.Module | None = None, trust: bool = False)
     """
     folder = Path(folder)
     artefact = read_artefact(folder)
-    module = (
-        into if into is not None else rebuild(artefact.model, folder, lambda ref: import_attribute(ref, trust, "model"))
-    )
-    load_state(module, artefact, str(folder))
+    module = _restored(folder, artefact, into, trust)
     here = next((p.device for p in module.parameters()), torch.device("cpu"))
     if artefact.device != device_name(here):
         return module.eval()
-    parts = {
-        site.site.name: lowerable(module, site.site, site.keep) for site in artefact.sites if site.kernel != "dense"
-    }
-    usable = {name: part for name, part in parts.items() if not isinstance(part, str)}
+    sparse = [site for site in artefact.sites if site.kernel != "dense"]
+    found = {site.site.name: lowerable(module, site.site, site.keep) for site in sparse}
+    parts = {name: part for name, part in found.items() if not isinstance(part, str)}
     patterns = {site.site.name: parse_pattern(site.pattern) for site in artefact.sites}
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     tuner = Tuner(artefact.tokens, dtype, here)
-    chosen = {site.site.name: site.kernel for site in artefact.sites if site.site.name in usable}
-    lower(module, chosen, usable, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+    chosen = {site.site.name: site.kernel for site in sparse if site.site.name in parts}
+    lower(module, chosen, parts, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
     return module.eval()
 
 
@@ -144,7 +140,7 @@ def inspect(
     """
     source = open_source(model, trust)
     where = Options(device=device).torch_device()
-    given = _sequence(batches) or _generated(source, seed, where)
+    given = _given(batches, source) or _generated(source, seed, where)
     graph, size = _graph(source, given[0], where)
     return inspect_graph(graph, given, tokens, where, size)
 
@@ -181,23 +177,22 @@ def export(
     """Write the ONNX file of the artefact in `folder` and check it in ONNX Runtime, on `batch` or generated inputs.
 
     Raises:
-        ExportError, VerificationError: as `compile`. No file is left behind then.
+        ExportError, VerificationError: as `compile`. Nothing is written then, and a file of that name stays.
     """
     folder, output = Path(folder), Path(output)
     artefact = read_artefact(folder)
-    module = (
-        into if into is not None else rebuild(artefact.model, folder, lambda ref: import_attribute(ref, trust, "model"))
-    )
-    load_state(module, artefact, str(folder))
+    module = _restored(folder, artefact, into, trust)
     source = module_source(module.eval(), str(folder))
     example = batch if batch is not None else _generated(source, 0, torch.device("cpu"))[0]
     sites = {site.site.name: OnnxSite(site.keep, parse_pattern(site.pattern), site.kernel) for site in artefact.sites}
     try:
-        return write_torch_onnx(module, example, output, sites, flavour, kv_cache)
-    except SparsifyError:
-        for written in (output, output.with_name(output.name + ".data")):
-            written.unlink(missing_ok=True)
-        raise
+        with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+            written = write_torch_onnx(module, example, Path(temporary) / output.name, sites, flavour, kv_cache)
+            for file in Path(temporary).iterdir():
+                os.replace(file, output.parent / file.name)
+    except OSError as error:
+        raise ExportError(f"cannot write {output}: {error.strerror or error}") from None
+    return written
 
 
 def run(path: Path | str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -232,7 +227,7 @@ def bench(
     for number, source in enumerate(sources):
         label = source.reference if source.reference not in sizes else f"{source.reference} ({number + 1})"
         sizes[label] = _size_bytes(source)
-        candidates.append((label, _timed(forward_of(source, where), example)))
+        candidates.append((label, partial(forward_of(source, where), example)))
     known = {label: size for label, size in sizes.items() if size}
     return compare(candidates, repeats=repeats, device=where, size_bytes=known)
 
@@ -259,17 +254,32 @@ def _compile(job: Job, source: Source) -> tuple[nn.Module | Path | None, Report]
     return compile_torch(job, model, source.reference if source.kind == "factory" else "")
 
 
+def _restored(folder: Path, artefact: Artefact, into: nn.Module | None, trust: bool) -> nn.Module:
+    """Rebuild the artefact's module, or take `into`, and put the artefact's dense state into it."""
+    module = into
+    if module is None:
+        module = rebuild(artefact.model, folder, lambda reference: import_attribute(reference, trust, "model"))
+    load_state(module, artefact, str(folder))
+    return module
+
+
+def _given(batches: Iterable[Batch] | None, source: Source) -> Sequence[Batch] | None:
+    """Return the caller's batches, else those of the model's own factory. Raises DataError for none at all."""
+    given = _sequence(batches) if batches is not None else source.batches
+    if given is not None and not given:
+        raise DataError("calibration: no batch was given; give at least one, or None for methods that need no data")
+    return given
+
+
 def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
+    if source.kind == "module" and source.module is not None:  # the caller's own: probed where it is, not moved
+        device = next((p.device for p in source.module.parameters()), torch.device("cpu"))
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
 
 
 def _sequence(batches: Iterable[Batch] | None) -> Sequence[Batch] | None:
     """Keep what can be read many times as it is (images are decoded when read); hold anything else."""
     return batches if batches is None or isinstance(batches, Sequence) else list(batches)
-
-
-def _timed(forward: Any, example: Batch) -> Any:
-    return lambda: forward(example)
 
 
 def _graph(source: Source, batch: Batch, device: torch.device) -> tuple[Graph, int]:
@@ -289,15 +299,3 @@ def _size_bytes(source: Source) -> int:
         return 0
     files = [source.path] if source.path.is_file() else source.path.glob("model*.safetensors")
     return sum(file.stat().st_size for file in files)
-
-
-def _write_report(report: Report, workspace: Workspace) -> Report:
-    """Write report.json and report.html beside the other files and list them in the report."""
-    names = (FileReport("report.json", 0), FileReport("report.html", 0))
-    report = dataclasses.replace(report, files=(*report.files, *names))
-    try:
-        (workspace.files / "report.html").write_text(report_html(report), encoding="utf-8")
-        (workspace.files / "report.json").write_text(report.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"cannot write the report: {error.strerror or error}; free some space") from None
-    return report

@@ -1,11 +1,13 @@
 """Draw a report as one HTML file that loads nothing from anywhere. Names from a model are text, never markup."""
 
+import dataclasses
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from sparsify_compiler.export.report import Report
+from sparsify_compiler.errors import ExportError
+from sparsify_compiler.export.report import FileReport, Report
 from sparsify_compiler.export.report_charts import error_charts, speed_charts
 from sparsify_compiler.export.report_rows import (
     best_timings,
@@ -57,3 +59,15 @@ def report_html(report: Report) -> str:
 def save_html(report: Report, path: Path) -> None:
     """Write `report_html(report)` to `path` as UTF-8."""
     path.write_text(report_html(report), encoding="utf-8")
+
+
+def write_report(report: Report, folder: Path) -> Report:
+    """Write report.json and report.html into `folder`, listed in themselves. Raises ExportError."""
+    names = (FileReport("report.json", 0), FileReport("report.html", 0))
+    report = dataclasses.replace(report, files=(*report.files, *names))
+    try:
+        (folder / "report.html").write_text(report_html(report), encoding="utf-8")
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot write the report: {error.strerror or error}; free some space") from None
+    return report

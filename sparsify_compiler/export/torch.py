@@ -140,7 +140,14 @@ def load_state(module: nn.Module, artefact: Artefact, where: str) -> None:
     if missing or unknown or wrong:
         problem = f"missing {missing[0]!r}" if missing else f"unknown {unknown[0]!r}" if unknown else f"{wrong[0]!r}"
         raise ModelError(f"{where}: the weights do not fit {type(module).__name__} ({problem}); give the same class")
+    tied: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     module.load_state_dict(artefact.state, assign=True)
+    for first, *others in tied.values():  # assigning gave every name a Parameter of its own
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, module.get_parameter(first))
 
 
 def pack_site(state: Mapping[str, Tensor], site: PrunedSite) -> Packed:

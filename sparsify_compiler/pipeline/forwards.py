@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch, call, named_tensors, to_device
 from sparsify_compiler.errors import DataError, ModelError, SparsifyError
 from sparsify_compiler.evaluate import Forward
+from sparsify_compiler.export.onnx_torch import inference
 from sparsify_compiler.runtime.ort import run, session
 from sparsify_compiler.sources.models import Source
 
@@ -31,9 +32,10 @@ def forward_of(source: Source, device: torch.device) -> Forward:
     if module is None:
         raise ModelError(f"model {source.reference!r}: the source holds no module")
     module.to(device)
+    training = any(sub.training for sub in module.modules())
 
     def forward(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        with inference(module) if training else torch.no_grad():
             return call(module, to_device(batch, device))
 
     return forward

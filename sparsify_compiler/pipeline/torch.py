@@ -11,10 +11,12 @@ from torch.export import ExportedProgram
 from sparsify_compiler.batches import Batch, call, to_device
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
+from sparsify_compiler.export.onnx_torch import inference
 from sparsify_compiler.export.report import FileReport, Report, Verification
 from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
+from sparsify_compiler.frontends.torch_run import dotted
 from sparsify_compiler.graph import Site
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
@@ -49,10 +51,15 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
     pruned = _prune(job, model)
     verdicts, parts, why_dense = _measure(job, pruned)
     dense = model if isinstance(model, nn.Module) else model.module()
+
+    def run_dense(batch: Batch) -> tuple[Tensor, ...]:
+        with inference(dense):  # the user's module may be in training mode
+            return call(dense, to_device(batch, home))
+
     device = job.options.torch_device()
     home = next((p.device for p in dense.parameters()), torch.device("cpu"))
     quality = job.quality(
-        lambda batch: call(dense, to_device(batch, home)),
+        run_dense,
         lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
     )
     pruned.module.to("cpu")  # the files are written and checked there
@@ -93,20 +100,32 @@ def _prune(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
 def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mapping[str, SiteOutcome]) -> nn.Module:
     """Copy the user's module with the pruned weights in it; the dense ones are not copied."""
     if isinstance(model, ExportedProgram):
-        return graph.module
-    named = dict(model.named_parameters(remove_duplicate=False))
+        return _unshare(graph.module)
     by_name = {site.name: site for site in graph.sites}
     memo: dict[int, object] = {}
     for name, outcome in outcomes.items():
         site = by_name[name]
-        new: nn.Parameter | None = None
+        new: Tensor | None = None
         for parameter in graph.aliases(site):
-            old = named[parameter]
+            old = dotted(model, parameter)
             if new is None:
-                new = nn.Parameter(_native(site, outcome.weight).to(old), requires_grad=old.requires_grad)
+                new = _native(site, outcome.weight).to(old)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
             memo[id(old)] = new
     copied = copy.deepcopy(model, memo)
     return copied.eval()
+
+
+def _unshare(module: nn.Module) -> nn.Module:
+    """Give a program's module, in place, Parameters of its own: a cast would write into the program's."""
+    copies: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) not in copies:
+                copies[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            setattr(owner, name, copies[id(old)])
+    return module
 
 
 def _native(site: Site, weight: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Workspace:
                 os.replace(self.output, old)
             os.replace(self.files, self.output)
         except OSError as error:
+            if old.exists() and not self.output.exists():
+                os.replace(old, self.output)
             raise ExportError(f"cannot rename {self.files} to {self.output}: {error.strerror or error}") from None
         shutil.rmtree(self.root, ignore_errors=True)
 

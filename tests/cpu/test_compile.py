@@ -201,3 +201,71 @@ def test_the_artefact_of_a_hugging_face_model_is_rebuilt_with_its_class_and_gene
     again = sc.export(tmp_path / "out", tmp_path / "again.onnx", batch=batches[0])
     assert again.verification.ran
     assert dict(again.forms) == {site.name: site.onnx for site in report.sites if site.status == "pruned"}
+
+
+def test_a_module_in_training_mode_is_measured_in_eval_mode_and_left_as_it_was() -> None:
+    module = seeded(Cnn).train()
+    before = fingerprint(module)
+    sc.compile(module, image_batches(), recipe=HALF)
+    assert module.training
+    assert fingerprint(module) == before
+
+
+def test_a_program_keeps_its_dtype_when_a_copy_in_float16_is_asked() -> None:
+    module, x = seeded(Mlp), mlp_batches(1)[0]
+    program = torch.export.export(module, (x,))
+    before = fingerprint(module)
+    compiled, _ = sc.compile(program, [x], recipe=MAGNITUDE, options=Options(dtype="float16"))
+    assert {tensor.dtype for tensor in program.state_dict.values()} == {torch.float32}
+    assert fingerprint(module) == before
+    assert compiled is not None
+    assert {p.dtype for p in compiled.parameters()} == {torch.float16}
+
+
+class Constants(nn.Module):
+    """Multiplies by a parameter, by a buffer and by a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.randn(32, 32))
+        self.plain = torch.randn(32, 32)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(torch.relu(x @ self.kept) @ self.plain))
+
+
+def test_a_buffer_is_pruned_and_a_constant_outside_the_state_dict_refused(tmp_path: Path) -> None:
+    x = torch.randn(6, 32)
+    module = seeded(Constants)
+    compiled, report = sc.compile(module, [x], recipe=HALF, options=Options(output=tmp_path / "out"))
+    status = {site.name: site.status for site in report.sites}
+    assert status == {"kept": "pruned", "plain": "refused", "last": "dense"}
+    assert compiled is not None
+    assert int((compiled.get_buffer("kept") == 0).sum()) == 512
+    assert isinstance(module.kept, Tensor)
+    assert module.kept.all()
+
+
+def test_heldout_data_without_a_batch_is_refused() -> None:
+    with pytest.raises(DataError, match="no batch was given"):
+        sc.compile(seeded(Mlp), mlp_batches(), recipe=MAGNITUDE, heldout=[])
+
+
+def test_tied_weights_are_one_parameter_again_after_loading(tmp_path: Path) -> None:
+    ids = torch.randint(0, 50, (4, 6))
+    sc.compile(seeded(Tied), [ids], recipe=HALF, options=Options(output=tmp_path / "out", tokens=(1,)))
+    loaded, original = sc.load(tmp_path / "out", into=seeded(Tied)), seeded(Tied)
+    assert len(list(loaded.parameters())) == len(list(original.parameters()))
+
+
+def test_an_existing_file_survives_an_export_that_fails(tmp_path: Path) -> None:
+    sc.compile(seeded(Mlp), mlp_batches(), recipe=MAGNITUDE, options=Options(output=tmp_path / "out", onnx=False))
+    target = tmp_path / "mine.onnx"
+    target.write_text("mine")
+    with pytest.raises(DataError):
+        sc.export(tmp_path / "out", target, batch={"no such": mlp_batches(1)[0]}, into=seeded(Mlp))
+    assert target.read_text() == "mine"
+    sc.export(tmp_path / "out", target, batch=mlp_batches(1)[0], into=seeded(Mlp))
+    assert run_onnx(target, mlp_batches(1)[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "mine.onnx"}
