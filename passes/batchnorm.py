@@ -18,7 +18,7 @@ def reestimate_batchnorm(module: nn.Module, batches: Sequence[Batch], progress: 
     else, and the mode each layer had, stays as it was. Returns the number of layers.
 
     Raises:
-        CalibrationError: statistics that are not finite; batches of one value a channel are refused by torch.
+        CalibrationError: statistics that are not finite, or a batch of one value a channel.
     """
     layers = {
         name: layer
@@ -39,7 +39,13 @@ def reestimate_batchnorm(module: nn.Module, batches: Sequence[Batch], progress: 
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 progress("re-estimate BatchNorm", number, len(batches))
-                call(module, to_device(batch, device))
+                try:
+                    call(module, to_device(batch, device))
+                except ValueError as error:  # torch refuses one value a channel: it has no variance
+                    raise CalibrationError(
+                        f"BatchNorm cannot be re-estimated on batch {number}: {error}; "
+                        "give batches of more samples, or leave the statistics as they are"
+                    ) from None
         progress("re-estimate BatchNorm", len(batches), len(batches))
     finally:
         for name, layer in layers.items():

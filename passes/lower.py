@@ -55,6 +55,9 @@ def lowerable(module: nn.Module, site: Site, keep: Tensor) -> Lowerable | str:
     owner = dict(module.named_modules()).get(site.name)
     if not isinstance(owner, nn.Linear) and type(owner).__name__ != "Conv1D":
         return "the product is not a Linear module of its own, so there is nothing to swap"
+    parent = module.get_submodule(site.name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"{type(parent).__name__} reads the weight itself at inference, past the Linear module"
     weight = owner.weight.detach()  # type: ignore[union-attr]  # both kinds hold a tensor
     if site.layout.transposed:
         weight = weight.t()

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.torch import trace_module
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
@@ -74,3 +76,19 @@ def test_sites_that_cannot_be_swapped_say_why() -> None:
     reason = lowerable(module, stem, torch.ones(1, stem.out, stem.in_, dtype=torch.bool))
     assert isinstance(reason, str)
     assert "convolution" in reason
+
+
+def test_layers_that_read_a_linear_modules_weight_themselves_stay_dense() -> None:
+    module = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)).eval()
+    graph = trace_module(module, torch.randn(2, 5, 32))
+    sites = {site.name: site for site in graph.sites}
+    for name in ("0.self_attn.out_proj", "0.linear1"):
+        found = lowerable(module, sites[name], graph.weight(sites[name]) != 0)
+        assert isinstance(found, str)
+        assert "reads the weight itself" in found
+
+
+def test_a_batch_too_small_for_batch_statistics_is_named() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(CalibrationError, match=r"batch 0.*more samples"):
+        reestimate_batchnorm(module, [torch.randn(1, 4)])
