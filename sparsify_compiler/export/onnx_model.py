@@ -17,6 +17,10 @@ from sparsify_compiler.export.report import FileReport, Verification
 from sparsify_compiler.pattern import Pattern
 
 
+CHECKED_TOKENS = 128
+"""Logits of two windows of 1,024 tokens would be 400 MB in the model and as much again in ONNX Runtime."""
+
+
 @dataclass(frozen=True)
 class OnnxSite:
     """A pruned site as the file should hold it: `keep` (groups, out, in) bool; `metadata` is written with the node."""
@@ -51,11 +55,15 @@ def write_torch_onnx(
 ) -> WrittenOnnx:
     """Export `module` (pruned weights as dense zeros) to `path`, pack the sites, and check the file on `batch`.
 
+    Of long texts the first `CHECKED_TOKENS` tokens are checked, where the graph takes other lengths.
+
     Raises:
         ExportError: torch cannot export the module, or the disk is full.
         VerificationError: the file's outputs differ from the module's beyond the stated tolerance.
     """
     exported = export_with_cache(module, batch) if kv_cache else export_torch(module, batch)
+    if exported.dynamic:
+        batch = _excerpt(batch)
     notes = list(exported.notes)
     if not kv_cache and is_decoder_without_cache(module):
         notes.append(
@@ -110,3 +118,17 @@ def _write(
     if written.objection is not None:
         notes.append(f"ONNX's checker objects to {path.name}: {written.objection}")
     return WrittenOnnx(written.files, check(tolerance_for(packed.model)), forms, (*notes, *packed.notes))
+
+
+def _excerpt(batch: Batch) -> Batch:
+    """Keep the first tokens of token ids and of whatever else has one integer a token."""
+
+    def one(tensor: Tensor) -> Tensor:
+        text = tensor.dim() == 2 and not tensor.is_floating_point()
+        return tensor[:, :CHECKED_TOKENS] if text else tensor
+
+    if isinstance(batch, Tensor):
+        return one(batch)
+    if isinstance(batch, dict):
+        return {name: one(tensor) for name, tensor in batch.items()}
+    return tuple(one(tensor) for tensor in batch)
