@@ -16,7 +16,6 @@ from sparsify_compiler.export.onnx_verify import tolerance_for, verify, write_on
 from sparsify_compiler.export.report import FileReport, Verification
 from sparsify_compiler.pattern import Pattern
 
-
 CHECKED_TOKENS = 128
 """Logits of two windows of 1,024 tokens would be 400 MB in the model and as much again in ONNX Runtime."""
 
