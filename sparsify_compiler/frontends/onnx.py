@@ -18,8 +18,9 @@ from sparsify_compiler.frontends.onnx_constants import Constants
 from sparsify_compiler.frontends.onnx_file import read_model, write_model
 from sparsify_compiler.frontends.onnx_inputs import Input, check_batch, list_inputs
 from sparsify_compiler.frontends.onnx_rewrite import conv_bias, put_problem, shift_conv
-from sparsify_compiler.frontends.onnx_runner import PieceRunner
-from sparsify_compiler.frontends.onnx_segments import read_rows, split, to_torch
+from sparsify_compiler.frontends.onnx_runner import PieceRunner, open_model
+from sparsify_compiler.frontends.onnx_segments import read_rows, split, to_numpy, to_torch
+from sparsify_compiler.frontends.onnx_session import OrtSession
 from sparsify_compiler.frontends.onnx_sites import FoundSite, find_sites, stored_weight
 from sparsify_compiler.graph import Observer, Segment, Site, Values
 
@@ -37,8 +38,8 @@ class OnnxGraph:
     """A `graph.Graph` over `onnx_ir.Model`. The given model and the file it came from are never modified.
 
     A segment is extracted from the graph with the weights it has now, and runs in its own ONNX Runtime session on the
-    CPU provider; one session is alive at a time. An initialiser that is also a graph input is a weight like any other
-    and is not asked for (`enter`), as IR version 3 lists them all.
+    CPU provider; one such session is alive at a time. An initialiser that is also a graph input is a weight like any
+    other and is not asked for (`enter`), as IR version 3 lists them all.
     """
 
     def __init__(self, model: onnx_ir.Model, source: Path | None = None) -> None:
@@ -53,6 +54,7 @@ class OnnxGraph:
         }
         self._inputs = list_inputs(self._model.graph, self._constants)
         self._runner = PieceRunner(self._model, self._constants)
+        self._whole: OrtSession | None = None
 
     @property
     def model(self) -> onnx_ir.Model:
@@ -109,7 +111,7 @@ class OnnxGraph:
         """
         for value in put_problem(self._model, self._prunable(site), weight, self._constants):
             self._constants.add(value)
-        self._runner.forget()
+        self._forget()
 
     def bias(self, site: Site) -> Tensor | None:
         """Return a copy of what a convolution adds to its output channels, float32; None where a run computes it."""
@@ -125,7 +127,7 @@ class OnnxGraph:
         """
         where, value = shift_conv(self._model, self._prunable(site).products[0].node, amount, self._constants)
         self._constants.add(value)
-        self._runner.forget()
+        self._forget()
         return where
 
     def enter(self, batch: Any) -> Values:
@@ -182,10 +184,20 @@ class OnnxGraph:
         return tuple(value for value in found if isinstance(value, Tensor))
 
     def run(self, batch: Any) -> tuple[Tensor, ...]:
-        """Run the whole model segment by segment and return its output tensors."""
+        """Run the whole model and return its output tensors. Its session is held until a weight changes.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load or run the model.
+        """
         values = self.enter(batch)
-        for piece in self._pieces:
-            values = self.run_segment(piece.index, values)
+        outputs = [value.name or "" for value in self._model.graph.outputs if value not in self._constants]
+        names = [name for name in dict.fromkeys(outputs) if name not in values]
+        if names:
+            if self._whole is None:
+                self._forget()
+                self._whole = open_model(self._model, "the model")
+            made = self._whole.run(names, {name: to_numpy(value) for name, value in values.items()})
+            values |= {name: to_torch(value) for name, value in zip(names, made, strict=True)}
         return self.outputs(values)
 
     def text(self) -> str:
@@ -212,6 +224,11 @@ class OnnxGraph:
         if self._source is not None and path.resolve() == self._source.resolve():
             raise ExportError(f"{str(path)!r} is the input itself, which is never modified; give another name")
         return write_model(self._model, path, external_data)
+
+    def _forget(self) -> None:
+        """Release the sessions: they hold weights that are no longer the model's, or are in the way of another."""
+        self._runner.forget()
+        self._whole = None
 
     def _prunable(self, site: Site) -> FoundSite:
         found = self._found[site.name]

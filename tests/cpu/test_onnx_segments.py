@@ -269,7 +269,7 @@ def test_an_operator_that_onnx_runtime_lacks_is_an_error_in_words() -> None:
         {"w": array(2)},
         domains={"nowhere": 1},
     )
-    with pytest.raises(ModelError, match=r"ONNX Runtime .* cannot load segment"):
+    with pytest.raises(ModelError, match=r"ONNX Runtime .* cannot load the model"):
         load(proto).run(torch.ones(2))
 
 
