@@ -1,10 +1,12 @@
 """Prune a graph front to back, each site by its own rule, and keep what the report and a resumed run need."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify_compiler.calibrate import Walk
@@ -60,13 +62,25 @@ def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
         if decision.rule is not None
         for name in decision.site.problem_names()
     }
-    for problem in walk.layers():
-        rule = rules[problem.name]
-        start = time.perf_counter()
-        solution = prune_with(problem, rule.method, rule.refit)
-        record = _record(problem, solution, time.perf_counter() - start)
-        walk.accept(problem.name, solution, asdict(record))
+    with _whole_float32():
+        for problem in walk.layers():
+            rule = rules[problem.name]
+            start = time.perf_counter()
+            solution = prune_with(problem, rule.method, rule.refit)
+            record = _record(problem, solution, time.perf_counter() - start)
+            walk.accept(problem.name, solution, asdict(record))
     return {name: _outcome(name, saved.weight, saved.keep, saved.record) for name, saved in walk.finished.items()}
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Multiply float32 in float32, whatever the program around chose: TF32 and bfloat16 spoil second moments."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _record(problem: LayerProblem, solution: LayerSolution, seconds: float) -> ProblemRecord:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.plan import decide
-from sparsify_compiler.problem import LayerSolution, Layerwise, Pruner
+from sparsify_compiler.problem import LayerProblem, LayerSolution, Layerwise, Pruner
 from sparsify_compiler.recipe import Recipe, make_rule
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
@@ -260,3 +261,23 @@ def test_the_model_loss_takes_the_problems_of_a_grouped_convolution() -> None:
     Layerwise(Magnitude()).prune_model(walk)
     assert walk.loss(dense, 0).item() == 0.0
     assert walk.loss({}, 0).item() > 0
+
+
+class Spy(Magnitude):
+    """Magnitude that remembers the precision it ran in."""
+
+    seen: ClassVar[list[str]] = []
+
+    def prune(self, layer: LayerProblem) -> LayerSolution:
+        self.seen.append(torch.get_float32_matmul_precision())
+        return super().prune(layer)
+
+
+def test_statistics_and_solves_run_in_whole_float32_whatever_the_caller_chose() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        prune_layerwise(walk_of(seeded(Mlp), mlp_batches(), Spy())[1])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(Spy.seen) == {"highest"}
