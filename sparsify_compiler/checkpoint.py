@@ -46,7 +46,10 @@ class Checkpoint:
         self._fingerprint = fingerprint
         manifest = folder / MANIFEST
         if resume and manifest.exists():
-            table = json.loads(manifest.read_text())
+            try:
+                table = json.loads(manifest.read_text())
+            except ValueError as error:
+                raise DataError(f"{manifest} is damaged ({error}); start again without --resume") from None
             if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
                 raise DataError(
                     f"--resume: {folder} was started with another model, data, recipe or library version; "
@@ -62,10 +65,10 @@ class Checkpoint:
         name = self._finished.get(str(segment))
         if name is None:
             return None
-        data = (self.folder / name).read_bytes()
         try:
+            data = (self.folder / name).read_bytes()
             tensors = load(data)
-        except SafetensorError as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise DataError(f"{self.folder / name} is damaged ({error}); start again without --resume") from None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         records = json.loads(header["__metadata__"]["records"])

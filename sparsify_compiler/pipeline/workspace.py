@@ -17,7 +17,8 @@ class Workspace:
             ExportError: `output` exists and neither `overwrite` nor `resume` was asked, or is no folder of ours.
         """
         self.output = output
-        self.root = output.with_name(output.name + ".partial")
+        whole = Path(os.path.abspath(output))  # "." has no name of its own
+        self.root = whole.with_name(whole.name + ".partial")
         self.files = self.root / "files"
         self.segments = self.root / "segments"
         if output.exists() and not overwrite:

@@ -112,3 +112,17 @@ def test_an_abandoned_run_keeps_finished_segments_and_nothing_else(tmp_path: Pat
     assert work.abandon() is True
     assert work.segments.exists()
     assert not work.files.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "manifest"])
+def test_what_a_broken_disk_leaves_is_named(tmp_path: Path, damage: str) -> None:
+    Checkpoint(tmp_path, "run", resume=False).write(0, {"a": site()})
+    segment = tmp_path / "segment-0000.safetensors"
+    if damage == "cut":
+        segment.write_bytes(segment.read_bytes()[:20])
+    elif damage == "lost":
+        segment.unlink()
+    else:
+        (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        Checkpoint(tmp_path, "run", resume=True).read(0)

@@ -269,3 +269,9 @@ def test_an_existing_file_survives_an_export_that_fails(tmp_path: Path) -> None:
     sc.export(tmp_path / "out", target, batch=mlp_batches(1)[0], into=seeded(Mlp))
     assert run_onnx(target, mlp_batches(1)[0])
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine.onnx"}
+
+
+def test_the_current_folder_is_an_output_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="exists; choose another folder"):
+        sc.compile(seeded(Mlp), mlp_batches(), recipe=MAGNITUDE, options=Options(output=Path()))
