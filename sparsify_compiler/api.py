@@ -228,8 +228,7 @@ def bench(
         label = source.reference if source.reference not in sizes else f"{source.reference} ({number + 1})"
         sizes[label] = _size_bytes(source)
         candidates.append((label, partial(forward_of(source, where), example)))
-    known = {label: size for label, size in sizes.items() if size}
-    return compare(candidates, repeats=repeats, device=where, size_bytes=known)
+    return compare(candidates, repeats=repeats, device=where, size_bytes={k: size for k, size in sizes.items() if size})
 
 
 def open_source(model: Model, trust: bool = False) -> Source:

@@ -1,5 +1,6 @@
 """The graph protocol over a torch.fx graph traced from a torch module."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -273,10 +274,11 @@ class TorchGraph:
 
     def _fetch(self, name: str) -> Any:
         value = dotted(self.module, name)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor | nn.Module):
             return value
-        if value.device == self._device:
+        held = (value,) if isinstance(value, Tensor) else (*value.parameters(), *value.buffers())
+        if all(tensor.device == self._device for tensor in held):
             return value
-        if name not in self._resident:
-            self._resident[name] = value.to(self._device)
+        if name not in self._resident:  # a module that the graph calls is the user's own: a copy moves
+            self._resident[name] = (value if isinstance(value, Tensor) else copy.deepcopy(value)).to(self._device)
         return self._resident[name]

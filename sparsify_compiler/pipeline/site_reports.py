@@ -29,14 +29,13 @@ def site_reports(
         outcome, rule = outcomes.get(site.name), decision.rule
         if outcome is None or rule is None:
             reason = decision.reason or "no token of the calibration data reached it"
-            status = "refused" if decision.refused else "dense"
             rows.append(
                 SiteReport(
                     name=site.name,
                     kind=site.kind,
                     shape=site.shape,
                     groups=site.groups,
-                    status="refused" if status == "refused" else "dense",
+                    status="refused" if decision.refused else "dense",
                     reason=reason,
                     dense_bytes=size,
                     packed_bytes=size,

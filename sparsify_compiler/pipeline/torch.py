@@ -16,7 +16,7 @@ from sparsify_compiler.export.report import FileReport, Report, Verification
 from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
-from sparsify_compiler.frontends.torch_run import dotted
+from sparsify_compiler.frontends.torch_run import dotted, move_constants
 from sparsify_compiler.graph import Site
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
@@ -62,9 +62,9 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
         run_dense,
         lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
     )
-    pruned.module.to("cpu")  # the files are written and checked there
+    _move(pruned.module, torch.device("cpu"))  # the files are written and checked there
     packed, files, verification, forms = _write(job, pruned, verdicts, reference)
-    pruned.module.to(device)
+    _move(pruned.module, device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
     tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device)
     patterns = {name: parse_pattern(site.pattern) for name, site in pruned.sites.items()}
@@ -100,7 +100,8 @@ def _prune(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
 def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mapping[str, SiteOutcome]) -> nn.Module:
     """Copy the user's module with the pruned weights in it; the dense ones are not copied."""
     if isinstance(model, ExportedProgram):
-        return _unshare(graph.module)
+        home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
+        return _move(_unshare(graph.module), home)
     by_name = {site.name: site for site in graph.sites}
     memo: dict[int, object] = {}
     for name, outcome in outcomes.items():
@@ -115,6 +116,13 @@ def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mappi
             memo[id(old)] = new
     copied = copy.deepcopy(model, memo)
     return copied.eval()
+
+
+def _move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module, in place, with the devices that tracing wrote into a program's operations."""
+    if isinstance(module, fx.GraphModule):
+        move_constants(module, device)
+    return module.to(device)
 
 
 def _unshare(module: nn.Module) -> nn.Module:

@@ -303,3 +303,12 @@ def test_a_model_that_fixes_its_batch_size_is_traced_at_the_callers(size: int) -
 def test_inputs_of_another_rank_length_or_dtype_are_refused(batch: Tensor) -> None:
     with pytest.raises(DataError, match="give batches of one kind"):
         trace_module(seeded(Mlp), mlp_batches(1)[0]).enter(batch)
+
+
+@pytest.mark.parametrize("tracer", ["export", "symbolic"])
+def test_segments_run_on_the_graphs_device_and_the_module_stays_where_it_is(tracer: str) -> None:
+    module, x = seeded(Mlp), mlp_batches(1)[0]
+    traced = trace_module(module, x).traced if tracer == "export" else symbolic(module).traced
+    graph = TorchGraph(traced, torch.device("meta"))  # the only other device that every machine has
+    assert run_all(graph, x)[0].is_meta
+    assert not any(parameter.is_meta for parameter in module.parameters())
