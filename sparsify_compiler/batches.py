@@ -49,14 +49,16 @@ def call(module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
 def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Split a batch into the positional and keyword arguments of the module's forward, `use_cache=False` among them.
 
+    The tensors are copies: a forward that writes into its inputs leaves the batch as it was.
+
     Raises:
         DataError: a named batch does not fit the arguments of the module's forward.
     """
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _parameters(module) else {}
     if isinstance(batch, dict):
         _check_names(module, batch)
-        return (), {**options, **batch}
-    return (batch if isinstance(batch, tuple) else (batch,)), options
+        return (), {**options, **{name: tensor.clone() for name, tensor in batch.items()}}
+    return tuple(tensor.clone() for tensor in (batch if isinstance(batch, tuple) else (batch,))), options
 
 
 def output_tensors(value: object) -> tuple[Tensor, ...]:

@@ -275,3 +275,23 @@ def test_the_current_folder_is_an_output_like_any_other(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match="exists; choose another folder"):
         sc.compile(seeded(Mlp), mlp_batches(), recipe=MAGNITUDE, options=Options(output=Path()))
+
+
+class WritesItsInput(nn.Module):
+    """Scales its input in place before anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x.mul_(2))
+
+
+def test_a_forward_that_writes_into_its_input_leaves_the_users_data_alone(tmp_path: Path) -> None:
+    batches = mlp_batches()
+    before = [batch.clone() for batch in batches]
+    _, report = sc.compile(seeded(WritesItsInput), batches, recipe=HALF, options=Options(output=tmp_path / "out"))
+    assert all(map(torch.equal, batches, before))
+    assert report.verification is not None
+    assert report.verification.ran
