@@ -106,17 +106,25 @@ class MaskedLeastSquares:
 class MaskedSolution:
     """`weight` (out, in) float64, zero off the mask; `relative_gradient` (out,): ‖s(b − Gŵ)_Q‖ / ‖s b_Q‖ per row.
 
-    `iterations` is the most any row took; `ridge` the largest that an exact solve needed (0: none).
+    `last_gain` (out,) is the share of a row's whole gain that its last `REFRESH` iterations brought: what is left to
+    gain is of that order (0 after an exact solve). `iterations` is the most any row took; `ridge` the largest that an
+    exact solve needed (0: none).
     """
 
     weight: Tensor
     relative_gradient: Tensor
+    last_gain: Tensor
     iterations: int = 0
     ridge: float = 0.0
 
 
-def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-6, most_iterations: int = 150) -> MaskedSolution:
+def solve_masked_cg(
+    problem: MaskedLeastSquares, tolerance: float = 1e-6, most_iterations: int = 150, settled: float = 0.0
+) -> MaskedSolution:
     """Solve by conjugate gradients on the mask, all rows at once with a step size each, Jacobi preconditioned.
+
+    A row is done at a relative gradient of `tolerance`, or when `REFRESH` iterations brought no more than the share
+    `settled` of what it gained so far: on a Gram without full rank the gradient never gets small in every direction.
 
     Products run in float32; every 15 iterations float64 recomputes the gradient, and the search directions carry on
     from it, so that the `relative_gradient` returned is a float64 one. Rows that need more than `most_iterations`
@@ -126,18 +134,24 @@ def solve_masked_cg(problem: MaskedLeastSquares, tolerance: float = 1e-6, most_i
     scaled = (problem.gram * scale[:, None] * scale).float()
     chunk = chunk_rows(problem.keep.shape[1])
     parts = [
-        _descend(problem.rows(slice(first, first + chunk)), scale, scaled, tolerance, most_iterations)
+        _descend(problem.rows(slice(first, first + chunk)), scale, scaled, tolerance, most_iterations, settled)
         for first in range(0, len(problem.keep), chunk)
     ]
     return MaskedSolution(
         torch.cat([part.weight for part in parts]),
         torch.cat([part.relative_gradient for part in parts]),
+        torch.cat([part.last_gain for part in parts]),
         max(part.iterations for part in parts),
     )
 
 
 def _descend(
-    problem: MaskedLeastSquares, scale: Tensor, scaled: Tensor, tolerance: float, most_iterations: int
+    problem: MaskedLeastSquares,
+    scale: Tensor,
+    scaled: Tensor,
+    tolerance: float,
+    most_iterations: int,
+    settled: float,
 ) -> MaskedSolution:
     tiny, smallest = torch.finfo(torch.float64).tiny, torch.finfo(torch.float32).tiny
     weight, keep = problem.start.double(), problem.keep.float()
@@ -150,26 +164,32 @@ def _descend(
     direction, step, product = remainder.clone(), torch.zeros_like(remainder), torch.empty_like(remainder)
     squared = _dot(remainder, remainder)
     iteration = 0
-    while iteration < most_iterations and bool((squared > goal).any()):
+    total, recent = torch.zeros_like(squared), torch.zeros_like(squared)
+    last = torch.ones_like(squared)
+    while iteration < most_iterations and bool(((squared > goal) & (last > settled)).any()):
         iteration += 1
         torch.mm(direction, scaled, out=product).mul_(keep)
         curvature = _dot(direction, product)
         # Rounding can leave no curvature in a direction without data: that row stands still and is told by its size.
         length = torch.where(curvature > 0, squared / curvature, 0.0)[:, None]
         step.addcmul_(length, direction)
+        recent.addcmul_(length[:, 0], squared)  # the loss falls by αₖ‖rₖ‖²
         remainder.addcmul_(length, product, value=-1)
         previous, squared = squared, _dot(remainder, remainder)
         turn = torch.where(previous > 0, squared / previous, 0.0)
         if iteration % REFRESH == 0 or iteration == most_iterations or bool((squared <= goal).all()):
             weight += step.double() * unit * scale
             step.zero_()
+            total += recent
+            last = recent / total.clamp_min(smallest)
+            recent.zero_()
             gradient = problem.gradient(weight) * scale
             remainder = (gradient / unit).float()
             believed, squared = squared, _dot(remainder, remainder)
             # A gradient well above the one believed means directions made of rounding: such a row starts afresh.
             turn = torch.where(squared <= 4 * believed, squared / previous.clamp_min(smallest), 0.0)
         torch.addcmul(remainder, turn[:, None], direction, out=direction)
-    return MaskedSolution(weight, _norm(gradient) / target, iteration)
+    return MaskedSolution(weight, _norm(gradient) / target, last.double(), iteration)
 
 
 def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
@@ -197,7 +217,8 @@ def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
             value = value + torch.cholesky_solve(right - matrix @ value, lower)
         weight[row, kept] = value[:, 0] * scale[kept]
     target = _norm(moment * problem.keep).clamp_min(torch.finfo(torch.float64).tiny)
-    return MaskedSolution(weight, _norm(problem.gradient(weight) * scale) / target, ridge=largest)
+    size = _norm(problem.gradient(weight) * scale) / target
+    return MaskedSolution(weight, size, torch.zeros_like(size), ridge=largest)
 
 
 def _factor_with_ridge(matrix: Tensor) -> tuple[Tensor, float]:

@@ -22,15 +22,19 @@ SMALL = 128
 TOLERANCE = 1e-6
 """Relative gradient to reach. Over SmolLM2-135M's layers at 2:4 the loss then exceeds the optimum by at most 5e-9."""
 
+SETTLED = 1e-6
+"""Share of a row's gain that 15 iterations must still bring for an exact solve to be worth its time."""
+
 
 def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     """Return `solution` with its kept weights re-solved: min ‖X_dense Wᵀ − X Ŵᵀ‖² on the same mask, row by row.
 
     Without `problem.targets`, X_dense = X. A row is replaced only where its loss falls, so the result is never worse.
-    Conjugate gradients in general; a Cholesky factor a row for up to 128 inputs and for rows that the iterations
-    leave short of a relative gradient of 1e-6, which `notes` then says. Without a Gram matrix the solution comes
-    back unchanged, with a note. `stats` gain "iterations", "relative_gradient" (largest of all rows, float64, before
-    the weight is rounded to float32) and "exact_rows".
+    Conjugate gradients in general; a Cholesky factor a row for up to 128 inputs, and for rows that after 150 iterations
+    neither reached a relative gradient of 1e-6 nor stopped gaining, which `notes` then says; not with fewer tokens than
+    inputs, where many weights are optimal. Without a Gram matrix the solution comes back unchanged, with a note.
+    `stats` gain "iterations", "relative_gradient" (largest of all rows, float64, before the weight is rounded to
+    float32) and "exact_rows".
 
     Raises:
         CalibrationError: the Gram matrix is not finite.
@@ -41,7 +45,7 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     try:
         require_finite(problem.gram.matrix)
         least_squares = _least_squares(problem, problem.gram, solution)
-        solved, exact_rows = _solve(least_squares)
+        solved, exact_rows = _solve(least_squares, determined=problem.gram.tokens >= problem.weight.shape[1])
     except CalibrationError as error:  # SingularGramError is one
         raise type(error)(f"layer {problem.name!r}: refit: {error}") from None
     weight, kept_rows = _better_rows(least_squares, solved)
@@ -51,6 +55,11 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         notes.append(
             f"refit: {exact_rows} rows were ill-conditioned (above {TOLERANCE:g} after {solved.iterations} iterations) "
             "and were solved with a Cholesky factor each"
+        )
+    if problem.gram.tokens < problem.weight.shape[1]:
+        notes.append(
+            f"refit: {problem.gram.tokens} tokens for {problem.weight.shape[1]} inputs leave the weights undetermined; "
+            "more calibration data gives a better model"
         )
     if solved.ridge > FIRST_RIDGE:
         notes.append(f"refit: the Gram matrix is singular on the kept columns: ridge raised to {solved.ridge:g}")
@@ -72,20 +81,21 @@ def _least_squares(problem: LayerProblem, gram: Gram, solution: LayerSolution) -
     return MaskedLeastSquares(gram.matrix, moment, solution.keep, solution.weight)
 
 
-def _solve(problem: MaskedLeastSquares) -> tuple[MaskedSolution, int]:
-    """Return the solution and how many rows a Cholesky factor solved."""
+def _solve(problem: MaskedLeastSquares, determined: bool) -> tuple[MaskedSolution, int]:
+    """Return the solution and how many rows a Cholesky factor solved; beyond `SMALL` none where not `determined`."""
     rows, in_ = problem.keep.shape
     if in_ <= SMALL:
         return solve_masked_exactly(problem), rows
-    solved = solve_masked_cg(problem, TOLERANCE)
-    left = (solved.relative_gradient > TOLERANCE).nonzero()[:, 0]
-    if not len(left):
+    solved = solve_masked_cg(problem, TOLERANCE, settled=SETTLED)
+    left = ((solved.relative_gradient > TOLERANCE) & (solved.last_gain > SETTLED)).nonzero()[:, 0]
+    if not len(left) or not determined:
         return solved, 0
     rest = solve_masked_exactly(replace(problem.rows(left), start=solved.weight[left]))
     return (
         MaskedSolution(
             solved.weight.index_copy(0, left, rest.weight),
             solved.relative_gradient.index_copy(0, left, rest.relative_gradient),
+            solved.last_gain.index_copy(0, left, rest.last_gain),
             solved.iterations,
             rest.ridge,
         ),

@@ -173,7 +173,7 @@ def test_refit_fills_the_loss_of_a_selector_that_left_it_out() -> None:
 def test_an_indefinite_gram_matrix_names_the_layer_and_a_way_out(in_: int) -> None:
     # On two thirds of the columns its least eigenvalue is 1 - 3 * 2 / 3 = -1.
     matrix = torch.eye(in_, dtype=torch.float64) - 3 * torch.ones(in_, in_, dtype=torch.float64) / in_
-    problem = LayerProblem("fc1", torch.randn(4, in_), NM(2, 3), 1 / 3, gram=Gram(matrix, 9))
+    problem = LayerProblem("fc1", torch.randn(4, in_), NM(2, 3), 1 / 3, gram=Gram(matrix, 2 * in_))
     with pytest.raises(SingularGramError, match=r"layer 'fc1': refit: .*give more calibration tokens, or set refit"):
         refit(problem, Magnitude().prune(problem))
 
@@ -184,3 +184,18 @@ def test_a_gram_matrix_that_is_not_finite_is_refused() -> None:
     problem.gram.matrix[2, 2] = float("inf")
     with pytest.raises(CalibrationError, match=r"layer 'layer': refit: .*NaN or infinite"):
         refit(problem, Magnitude().prune(problem))
+
+
+def test_fewer_tokens_than_inputs_are_re_solved_quickly_and_said_to_be_too_few() -> None:
+    rows = torch.randn(64, 700, generator=torch.Generator().manual_seed(0)).double()
+    gram = Gram(rows.t() @ rows / 64, 64)
+    weight = torch.randn(8, 700, generator=torch.Generator().manual_seed(1))
+    problem = LayerProblem("fc1", weight, NM(2, 4), 0.5, gram=gram)
+    found = prune_with(problem, SparseGPT())
+    # 350 kept weights a row can reproduce 64 tokens exactly: what remains is rounding against the dense energy.
+    assert found.loss is not None
+    energy = problem.energy()
+    assert energy is not None
+    assert found.loss < 1e-6 * energy
+    assert found.stats["exact_rows"] == 0
+    assert any("64 tokens for 700 inputs" in note for note in found.notes)
