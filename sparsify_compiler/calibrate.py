@@ -31,6 +31,14 @@ class Estimate:
     boundary_bytes: int
 
 
+@dataclass(frozen=True)
+class FinishedSite:
+    """A pruned site: `keep` (groups, out, in) bool and what was recorded of it. Its weight is the graph's."""
+
+    keep: Tensor
+    record: Mapping[str, Any]
+
+
 @dataclass
 class Walk:
     """One front-to-back walk; a `problem.ModelProblem` for the sites that `decisions` prunes.
@@ -49,7 +57,7 @@ class Walk:
     dense_targets: bool = False
     tokens: dict[str, int] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
-    finished: dict[str, SavedSite] = field(default_factory=dict)
+    finished: dict[str, FinishedSite] = field(default_factory=dict)
     _pending: dict[str, dict[int, LayerSolution]] = field(default_factory=dict)
     _records: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -242,16 +250,16 @@ class Walk:
             self.graph.set_weight(site, weight)
             records = {name: self._records[name] for name in site.problem_names() if name in self._records}
             saved[site.name] = SavedSite(weight, keep, {"tokens": self.tokens[site.name], "problems": records})
-        self.finished.update(saved)
         if self.checkpoint is not None:
             self.checkpoint.write(index, saved)
+        self.finished.update({name: FinishedSite(site.keep, site.record) for name, site in saved.items()})
 
     def _restore(self, saved: Mapping[str, SavedSite], sites: Sequence[tuple[Site, Rule]]) -> None:
         self.starved.extend(site.name for site, _ in sites if site.name not in saved)
         for name, site in saved.items():
             self.graph.set_weight(self._chosen[name][0], site.weight)
             self.tokens[name] = int(site.record["tokens"])
-        self.finished.update(saved)
+            self.finished[name] = FinishedSite(site.keep, site.record)
 
     def _advance(self, index: int, boundaries: list[Values], weights: Mapping[str, Tensor] | None = None) -> None:
         """Replace every batch's boundary by the one after the segment, through `weights` or those of now."""

@@ -181,7 +181,7 @@ def _descend(
             weight += step.double() * unit * scale
             step.zero_()
             total += recent
-            last = recent / total.clamp_min(smallest)
+            last = torch.where(curvature > 0, recent / total.clamp_min(smallest), 1.0)  # standing still is no end
             recent.zero_()
             gradient = problem.gradient(weight) * scale
             remainder = (gradient / unit).float()

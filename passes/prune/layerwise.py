@@ -28,10 +28,9 @@ class ProblemRecord:
 
 @dataclass(frozen=True)
 class SiteOutcome:
-    """One pruned site: `weight` (groups, out, in) float32 with zeros, `keep` bool likewise, sums over its groups."""
+    """One pruned site: `keep` (groups, out, in) bool, sums over its groups. The weight is the graph's."""
 
     name: str
-    weight: Tensor
     keep: Tensor
     tokens: int
     loss_selected: float | None
@@ -69,7 +68,7 @@ def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
             solution = prune_with(problem, rule.method, rule.refit)
             record = _record(problem, solution, time.perf_counter() - start)
             walk.accept(problem.name, solution, asdict(record))
-    return {name: _outcome(name, saved.weight, saved.keep, saved.record) for name, saved in walk.finished.items()}
+    return {name: _outcome(name, saved.keep, saved.record) for name, saved in walk.finished.items()}
 
 
 @contextmanager
@@ -94,13 +93,12 @@ def _record(problem: LayerProblem, solution: LayerSolution, seconds: float) -> P
     )
 
 
-def _outcome(name: str, weight: Tensor, keep: Tensor, record: Mapping[str, Any]) -> SiteOutcome:
+def _outcome(name: str, keep: Tensor, record: Mapping[str, Any]) -> SiteOutcome:
     problems: list[Mapping[str, Any]] = list(record["problems"].values())
     loss, energy = _total(problems, "loss"), _total(problems, "energy")
     damps = [problem["damp"] for problem in problems if problem["damp"] is not None]
     return SiteOutcome(
         name=name,
-        weight=weight,
         keep=keep,
         tokens=int(record["tokens"]),
         loss_selected=_total(problems, "loss_selected"),

@@ -93,6 +93,11 @@ class TorchGraph:
         native = dotted(self.module, site.parameter).detach()
         return to_problem(native, site.layout).to(torch.float32, copy=True).contiguous()
 
+    def native_weight(self, site: Site) -> Tensor:
+        """Return the weight as the model holds it, in its own shape and dtype, not copied."""
+        native: Tensor = dotted(self.module, site.parameter)
+        return native.detach()
+
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace the weight by `weight` (groups, out, in), under every name it is tied to."""
         old = dotted(self.module, site.parameter)

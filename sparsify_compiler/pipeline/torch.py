@@ -11,13 +11,11 @@ from torch.export import ExportedProgram
 from sparsify_compiler.batches import Batch, call, to_device
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
-from sparsify_compiler.export.onnx_torch import inference
 from sparsify_compiler.export.report import FileReport, Report, Verification
 from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
-from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
 from sparsify_compiler.frontends.torch_run import dotted, move_constants
-from sparsify_compiler.graph import Site
+from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
@@ -98,19 +96,19 @@ def _prune(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
 
 
 def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mapping[str, SiteOutcome]) -> nn.Module:
-    """Copy the user's module with the pruned weights in it; the dense ones are not copied."""
+    """Copy the user's module with the graph's pruned weights in it, not copied; the dense ones are left out."""
     if isinstance(model, ExportedProgram):
         home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
         return _move(_unshare(graph.module), home)
     by_name = {site.name: site for site in graph.sites}
     memo: dict[int, object] = {}
-    for name, outcome in outcomes.items():
+    for name in outcomes:
         site = by_name[name]
         new: Tensor | None = None
         for parameter in graph.aliases(site):
             old = dotted(model, parameter)
             if new is None:
-                new = _native(site, outcome.weight).to(old)
+                new = graph.native_weight(site).to(old)
                 if isinstance(old, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=old.requires_grad)
             memo[id(old)] = new
@@ -134,11 +132,6 @@ def _unshare(module: nn.Module) -> nn.Module:
                 copies[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
             setattr(owner, name, copies[id(old)])
     return module
-
-
-def _native(site: Site, weight: Tensor) -> Tensor:
-    assert site.layout is not None
-    return from_problem(weight, site.layout, site.shape)
 
 
 def _reestimate(job: Job, module: nn.Module) -> None:
