@@ -17,11 +17,11 @@ from torch.export import Dim
 
 from sparsify_compiler.batches import Batch, forward_inputs
 from sparsify_compiler.errors import ExportError
-from sparsify_compiler.export.onnx_torch import DenseExport, inference, name_axes, to_onnx
+from sparsify_compiler.export.onnx_torch import DenseExport, name_axes, to_onnx
 from sparsify_compiler.export.onnx_verify import compare, verify
 from sparsify_compiler.export.report import Verification
 from sparsify_compiler.frontends.onnx_names import SCOPES
-from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES
+from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES, inference
 from sparsify_compiler.runtime.ort import run, session
 
 _PAST = 5

@@ -11,9 +11,10 @@ from sparsify_compiler.batches import Batch, call
 from sparsify_compiler.export.onnx_cache import export_with_cache, is_decoder_without_cache, verify_with_cache
 from sparsify_compiler.export.onnx_pack import Flavour, pack_model
 from sparsify_compiler.export.onnx_sites import SiteMask, match_sites, site_weights
-from sparsify_compiler.export.onnx_torch import export_torch, inference
+from sparsify_compiler.export.onnx_torch import export_torch
 from sparsify_compiler.export.onnx_verify import tolerance_for, verify, write_onnx
 from sparsify_compiler.export.report import FileReport, Verification
+from sparsify_compiler.frontends.torch_trace import inference, is_text
 from sparsify_compiler.pattern import Pattern
 
 CHECKED_TOKENS = 128
@@ -61,7 +62,7 @@ def write_torch_onnx(
         VerificationError: the file's outputs differ from the module's beyond the stated tolerance.
     """
     exported = export_with_cache(module, batch) if kv_cache else export_torch(module, batch)
-    if exported.dynamic:
+    if _length_is_free(exported.model):
         batch = _excerpt(batch)
     notes = list(exported.notes)
     if not kv_cache and is_decoder_without_cache(module):
@@ -119,12 +120,21 @@ def _write(
     return WrittenOnnx(written.files, check(tolerance_for(packed.model)), forms, (*notes, *packed.notes))
 
 
+def _length_is_free(model: onnx_ir.Model) -> bool:
+    """Say whether the model takes token ids and masks of any length."""
+    inputs = [(value.shape, value.dtype) for value in model.graph.inputs]
+    return all(
+        isinstance(shape[1], onnx_ir.SymbolicDim)
+        for shape, dtype in inputs
+        if shape is not None and len(shape) == 2 and dtype is not None and not dtype.is_floating_point()
+    )
+
+
 def _excerpt(batch: Batch) -> Batch:
     """Keep the first tokens of token ids and of whatever else has one integer a token."""
 
     def one(tensor: Tensor) -> Tensor:
-        text = tensor.dim() == 2 and not tensor.is_floating_point()
-        return tensor[:, :CHECKED_TOKENS] if text else tensor
+        return tensor[:, :CHECKED_TOKENS] if is_text(tensor) else tensor
 
     if isinstance(batch, Tensor):
         return one(batch)

@@ -8,19 +8,26 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call_arguments
 from sparsify_compiler.errors import ExportError
 from sparsify_compiler.frontends.onnx_names import SCOPES
-from sparsify_compiler.frontends.torch_trace import TRACE_FAILURES, evaluating
+from sparsify_compiler.frontends.torch_trace import (
+    TRACE_FAILURES,
+    export_program,
+    fixed_size,
+    inference,
+    input_tensors,
+    is_text,
+)
 
 _EXPORTER = ("pkg.torch.", "namespace")
 """Metadata of the exporter. All but the module path is dropped: it holds the user's source lines with their paths."""
@@ -28,7 +35,7 @@ _EXPORTER = ("pkg.torch.", "namespace")
 
 @dataclass(frozen=True)
 class DenseExport:
-    """A dense ONNX model. `dynamic`: sizes of the batch (and of a text's length) other than the example's fit."""
+    """A dense ONNX model. `dynamic`: batches of other sizes than the example's fit."""
 
     model: onnx_ir.Model
     dynamic: bool
@@ -47,20 +54,20 @@ def export_torch(module: nn.Module, batch: Batch, opset: int | None = None) -> D
     args, kwargs = call_arguments(module, batch)
     with inference(module):
         names = _output_names(module(*args, **kwargs))
-        program, dynamic = _export_program(module, args, kwargs)
+        try:
+            program, dynamic = export_program(module, args, kwargs)
+        except TRACE_FAILURES as error:
+            lines = str(error).strip().splitlines()
+            raise ExportError(
+                f"torch.export cannot follow {type(module).__name__}: {lines[0] if lines else type(error).__name__}; "
+                "an ONNX file needs a forward without data-dependent Python control flow"
+            ) from error
     axes = {name: _axis_names(value) for name, value in _tensor_inputs(module, args, kwargs).items()}
     model = to_onnx(program, list(axes), names, opset)
+    _fix_axes(model, program)
     name_axes(model, axes)
     notes = () if dynamic else ("the ONNX graph has the example batch's sizes: the model fixes them when traced",)
     return DenseExport(model, dynamic, notes)
-
-
-@contextmanager
-def inference(module: nn.Module) -> Iterator[None]:
-    """Run `module` in eval mode without gradients. A saved program has the one mode it was exported in."""
-    mode = nullcontext() if isinstance(module, torch.fx.GraphModule) else evaluating(module)
-    with mode, torch.no_grad():
-        yield
 
 
 def to_onnx(
@@ -122,41 +129,25 @@ def name_axes(model: onnx_ir.Model, axes: Mapping[str, Sequence[str | None]]) ->
                 value.shape[axis] = pattern.sub(lambda found: names[found[1]], dimension.value)
 
 
+def _fix_axes(model: onnx_ir.Model, program: ExportedProgram) -> None:
+    """Write the one length of the axes that tracing fixed: the exporter gives them a symbol, as if they were free."""
+    fixed: dict[str, int] = {}
+    for value, traced in zip(model.graph.inputs, input_tensors(program), strict=True):
+        for dimension, size in zip(value.shape or (), traced.shape, strict=True):
+            length = fixed_size(size)
+            if isinstance(dimension, onnx_ir.SymbolicDim) and isinstance(dimension.value, str) and length is not None:
+                fixed[dimension.value] = length
+    for value in _all_values(model.graph) if fixed else ():
+        for axis, dimension in enumerate(value.shape or ()):
+            if isinstance(dimension, onnx_ir.SymbolicDim) and dimension.value in fixed:
+                assert value.shape is not None
+                value.shape[axis] = fixed[str(dimension.value)]
+
+
 def _all_values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
     yield from graph.inputs
     for node in graph.all_nodes():
         yield from node.outputs
-
-
-def _export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, bool]:
-    """Export with free sizes where the module allows it, else with the example's own."""
-    grown = _grow(args, kwargs)
-    first: BaseException | None = None
-    for kind in (Dim.DYNAMIC, Dim.AUTO, None):
-        example = (args, kwargs) if kind is None else grown
-        shapes = None if kind is None else _dynamic_shapes(module, *example, kind)
-        try:
-            return torch.export.export(module, example[0], example[1], dynamic_shapes=shapes), kind is not None
-        except TRACE_FAILURES as error:
-            first = first or error
-    assert first is not None
-    lines = str(first).strip().splitlines()
-    raise ExportError(
-        f"torch.export cannot follow {type(module).__name__}: {lines[0] if lines else type(first).__name__}; "
-        "an ONNX file needs a forward without data-dependent Python control flow"
-    ) from first
-
-
-def _grow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat a batch of one, because torch.export takes a size of one for a constant."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
-        return args, kwargs
-
-    def twice(value: Any) -> Any:
-        return value.repeat(2, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
-
-    return tuple(map(twice, args)), {name: twice(value) for name, value in kwargs.items()}
 
 
 def _tensor_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -169,21 +160,7 @@ def _tensor_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _axis_names(value: Tensor) -> tuple[str, ...]:
     if not value.ndim:
         return ()
-    return ("batch", "sequence") if _is_text(value) else ("batch",)
-
-
-def _is_text(value: Tensor) -> bool:
-    return value.ndim == 2 and not value.is_floating_point()
-
-
-def _dynamic_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
-    def free(value: Any) -> Any:
-        if isinstance(value, tuple):  # *args
-            return tuple(map(free, value))
-        return dict.fromkeys(range(len(_axis_names(value))), kind) if isinstance(value, Tensor) else None
-
-    bound = inspect.signature(module.forward).bind_partial(*args)
-    return {name: free(value) for name, value in (bound.arguments | kwargs).items()}
+    return ("batch", "sequence") if is_text(value) else ("batch",)
 
 
 def _output_names(value: object) -> list[str]:

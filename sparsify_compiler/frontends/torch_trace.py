@@ -5,7 +5,7 @@ import operator
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             sub.training = mode
 
 
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Run `module` in eval mode without gradients. A saved program has the one mode it was exported in."""
+    mode = nullcontext() if isinstance(module, fx.GraphModule) else evaluating(module)
+    with mode, torch.no_grad():
+        yield
+
+
 def trace(module: nn.Module, batch: Batch) -> Traced:
     """Trace `module` in eval mode on an example `batch`. The module is not modified.
 
@@ -93,26 +101,38 @@ def from_program(program: ExportedProgram) -> Traced:
     return Traced(_clean(graph_module), args_spec.num_leaves, keywords, "torch.export program", dynamic=True)
 
 
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """Export with dynamic sizes where the model allows it, else with the example's own sizes."""
-    grown_args, grown_kwargs = _grow((args, kwargs))
+def export_program(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, bool]:
+    """Export `module`, in the mode it is in, with free sizes where it allows them, else with the example's own.
+
+    Returns the program, and whether axis 0 of every tensor input may have another size than the example's. Free are,
+    where the module allows it, axis 0 and the length of token ids and masks.
+
+    Raises:
+        TRACE_FAILURES: torch.export cannot follow the module.
+    """
+    grown = _grow((args, kwargs))
     first_error: BaseException | None = None
     for kind in (Dim.DYNAMIC, Dim.AUTO, None):
-        example = (grown_args, grown_kwargs) if kind is not None else (args, kwargs)
+        example = (args, kwargs) if kind is None else grown
         shapes = None if kind is None else _dynamic_shapes(module, example, kind)
         try:
             with torch.no_grad():
-                program = _functional(torch.export.export(module, example[0], example[1], dynamic_shapes=shapes))
+                program = torch.export.export(module, example[0], example[1], dynamic_shapes=shapes)
         except TRACE_FAILURES as error:
             first_error = first_error or error
             continue
         free = kind is not None and _batch_is_free(program)
         if kind is Dim.AUTO and not free and example[0] is not args:
             continue  # the model fixed the size of the grown batch, which is not the caller's
-        how = "torch.export" if free else "torch.export with fixed sizes"
-        return Traced(_clean(program.module()), len(args), tuple(kwargs), how, dynamic=free)
+        return program, free
     assert first_error is not None
     raise first_error
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    program, free = export_program(module, args, kwargs)
+    how = "torch.export" if free else "torch.export with fixed sizes"
+    return Traced(_clean(_functional(program).module()), len(args), tuple(kwargs), how, dynamic=free)
 
 
 def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
@@ -144,11 +164,16 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _batch_is_free(program: ExportedProgram) -> bool:
-    """Say whether axis 0 of every tensor input may have another size than the example's."""
+def input_tensors(program: ExportedProgram) -> list[Tensor]:
+    """List what tracing knows of the program's tensor inputs, in order: fake tensors with sizes fixed or free."""
     inputs = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    return all(fixed_size(v.shape[0]) is None for v in values if isinstance(v, Tensor) and v.dim())
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    """Say whether axis 0 of every tensor input may have another size than the example's."""
+    return all(fixed_size(value.shape[0]) is None for value in input_tensors(program) if value.dim())
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
@@ -206,18 +231,23 @@ def _twice(value: Any) -> Any:
 
 
 def _dynamic_shapes(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], kind: Any) -> Any:
-    def one(value: Any) -> Any:
+    def free(value: Any) -> Any:
+        if isinstance(value, tuple):  # *args
+            return tuple(map(free, value))
+        if isinstance(value, dict):  # **kwargs
+            return {name: free(entry) for name, entry in value.items()}
         if not isinstance(value, Tensor) or not value.dim():
             return None
-        text = value.dim() == 2 and not value.is_floating_point()
-        return dict.fromkeys((0, 1) if text else (0,), kind)
+        return dict.fromkeys((0, 1) if is_text(value) else (0,), kind)
 
     args, kwargs = example
-    if not kwargs:
-        return tuple(one(value) for value in args)
-    names = list(inspect.signature(module.forward).parameters)[: len(args)]
-    positional = dict(zip(names, (one(value) for value in args), strict=True))
-    return positional | {name: one(value) for name, value in kwargs.items()}
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    return {name: free(value) for name, value in bound.arguments.items()}
+
+
+def is_text(value: Tensor) -> bool:
+    """Say whether a tensor is (samples, length) of integers or booleans: token ids, or a mask over them."""
+    return value.dim() == 2 and not value.is_floating_point()
 
 
 def _explain(error: BaseException) -> str:

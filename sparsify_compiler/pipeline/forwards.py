@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch, call, named_tensors, to_device
 from sparsify_compiler.errors import DataError, ModelError, SparsifyError
 from sparsify_compiler.evaluate import Forward
-from sparsify_compiler.export.onnx_torch import inference
+from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.runtime.ort import run, session
 from sparsify_compiler.sources.models import Source
 

@@ -126,6 +126,52 @@ def test_unnamed_inputs_are_numbered_and_their_batch_is_free():
     assert [str(value.shape) for value in exported.model.graph.inputs] == ["[batch,8]", "[batch,8]"]
 
 
+class FixedRows(nn.Module):
+    """A forward written for the one batch size `rows`."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.fc = rows, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(x.reshape(self.rows, 8))
+
+
+class Baked(nn.Module):
+    """A forward that runs at every batch size, and fixes the one it is traced at."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(x.reshape(int(x.shape[0]), 8) * len(range(x.shape[0])))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("baked", [False, True])
+def test_a_batch_size_that_the_forward_fixes_is_kept_and_said(rows, baked, tmp_path):
+    module, batch = (Baked(rows) if baked else FixedRows(rows)).eval(), torch.randn(rows, 8)
+    written = write_torch_onnx(module, batch, tmp_path / "model.onnx", {})
+    assert written.verification.ran
+    assert any("has the example batch's sizes" in note for note in written.notes)
+
+
+def test_a_text_whose_length_the_forward_fixes_is_checked_whole(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.places = nn.Embedding(10, 8), nn.Parameter(torch.randn(200, 8))
+
+        def forward(self, ids):
+            return self.embed(ids) + self.places
+
+    ids = torch.randint(0, 10, (2, 200), generator=torch.Generator().manual_seed(0))
+    assert write_torch_onnx(Positions(), ids, tmp_path / "model.onnx", {}).verification.ran
+    (value,) = onnx.load(tmp_path / "model.onnx").graph.input
+    assert [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] == ["batch", 200]
+
+
 def test_a_saved_program_exports_like_the_module_it_was_made_from(tmp_path):
     module, batch = seeded(Mlp), mlp_batches(1)[0]
     sites = prune(module, batch, NM(2, 4))
