@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from sparsify_compiler.errors import ModelError, PatternError, RecipeError
 from sparsify_compiler.graph import Site
-from sparsify_compiler.recipe import Recipe, Rule
+from sparsify_compiler.recipe import Recipe, Rule, matches
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:
         if not any(rule.matches(site.name) for site in sites):
             raise RecipeError(f"rule {rule.sites!r} matches no site; {_some_names(prunable)}")
     for glob in recipe.keep_dense:
-        if not any(fnmatchcase(site.name, glob) for site in sites):
+        if not any(matches(glob, site.name) for site in sites):
             raise RecipeError(f"keep_dense {glob!r} matches no site; {_some_names(prunable)}")
     decisions = tuple(_decide(recipe, site) for site in sites)
     if not any(decision.rule for decision in decisions):
@@ -45,13 +44,13 @@ def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:
 
 def _decide(recipe: Recipe, site: Site) -> Decision:
     rule = next((rule for rule in recipe.rules if rule.matches(site.name)), None)
-    outright = rule is not None and rule.names_one_site()
+    outright = rule is not None and rule.names(site.name)
     if site.refusal is not None:
         if outright:
             raise RecipeError(f"rule {site.name!r}: this site cannot be pruned: {site.refusal}")
         return Decision(site, None, site.refusal, refused=True)
     for glob in recipe.keep_dense:
-        if fnmatchcase(site.name, glob):
+        if matches(glob, site.name):
             return Decision(site, None, f"kept dense by keep_dense {glob!r}")
     if rule is None:
         return Decision(site, None, "no rule of the recipe matches")

@@ -6,8 +6,9 @@
     method = "sparsegpt"
     options = { damp = 0.01 }
 
-The first rule that matches a site decides. A rule without wildcards names one site, and then also prunes a site that
-is dense by default (an output head).
+The first rule that matches a site decides. A rule whose `sites` is the name of a site names it outright, and then also
+prunes a site that is dense by default (an output head). A name that holds wildcards of its own, such as blocks[0], is
+first read letter by letter.
 """
 
 import dataclasses
@@ -21,8 +22,6 @@ from typing import Any
 from sparsify_compiler.errors import PatternError, RecipeError
 from sparsify_compiler.pattern import Pattern, parse_pattern
 from sparsify_compiler.problem import Pruner
-
-WILDCARDS = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ class Rule:
 
     def matches(self, site: str) -> bool:
         """Say whether the rule speaks of the site named `site`."""
-        return fnmatchcase(site, self.sites)
+        return matches(self.sites, site)
 
-    def names_one_site(self) -> bool:
-        """Say whether the rule names a site outright, without wildcards."""
-        return not WILDCARDS & set(self.sites)
+    def names(self, site: str) -> bool:
+        """Say whether the rule names `site` outright: letter by letter, not by a wildcard."""
+        return self.sites == site
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.rules:
             raise RecipeError("the recipe has no rule; add a [[rule]] with sites, pattern and method")
+
+
+def matches(glob: str, site: str) -> bool:
+    """Say whether `glob` is the name of a site, brackets and all, or matches it as a pattern."""
+    return glob == site or fnmatchcase(site, glob)
 
 
 def make_rule(

@@ -56,6 +56,17 @@ def test_a_site_dense_by_default_is_pruned_only_where_a_rule_names_it() -> None:
     assert decide(Recipe((named, TWO_FOUR)), [FC, HEAD])[1] == Decision(HEAD, named)
 
 
+def test_a_name_with_brackets_is_first_read_letter_by_letter() -> None:
+    bracketed = replace(HEAD, name="head[0]")
+    named = make_rule("head[0]", NM(2, 4), Magnitude())
+    assert decide(Recipe((named, TWO_FOUR)), [FC, bracketed])[1] == Decision(bracketed, named)
+    kept = decide(Recipe((named, TWO_FOUR), keep_dense=("head[0]",)), [FC, bracketed])[1]
+    assert kept == Decision(bracketed, None, "kept dense by keep_dense 'head[0]'")
+    untiled = replace(bracketed, in_=15, run=15)
+    with pytest.raises(PatternError, match=r"layer 'head\[0\]'"):
+        decide(Recipe((named, TWO_FOUR)), [FC, untiled])
+
+
 def test_sparsity_zero_leaves_a_site_dense() -> None:
     other = replace(FC, name="other")
     nothing = make_rule("fc", Unstructured(), Magnitude(), sparsity=0.0)

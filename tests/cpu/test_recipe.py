@@ -118,14 +118,15 @@ def test_the_sparsity_of_an_nm_pattern_may_be_written_out() -> None:
     assert parse_recipe(RULE + "sparsity = 0.5", METHODS).rules[0].sparsity == 0.5
 
 
-def test_a_rule_matches_by_glob_and_names_one_site_only_without_wildcards() -> None:
+def test_a_rule_matches_by_glob_and_names_a_site_only_letter_by_letter() -> None:
     rule = make_rule("model.layers.*.mlp.*", NM(2, 4), Magnitude())
     assert rule.matches("model.layers.3.mlp.up_proj")
     assert not rule.matches("model.layers.3.attn.q_proj")
     assert not rule.matches("Model.layers.3.mlp.up_proj")  # names are compared with their case
-    assert not rule.names_one_site()
-    assert make_rule("lm_head", NM(2, 4), Magnitude()).names_one_site()
-    assert not any(make_rule(glob, NM(2, 4), Magnitude()).names_one_site() for glob in ("a?", "a[12]", "*"))
+    assert not rule.names("model.layers.0.mlp.up_proj")
+    assert make_rule("lm_head", NM(2, 4), Magnitude()).names("lm_head")
+    assert not any(make_rule(glob, NM(2, 4), Magnitude()).names("a1") for glob in ("a?", "a[12]", "*"))
+    assert make_rule("a[1]", NM(2, 4), Magnitude()).names("a[1]")
 
 
 def test_every_option_of_a_method_can_be_written_in_a_recipe() -> None:
