@@ -62,9 +62,9 @@ def test_a_name_with_brackets_is_first_read_letter_by_letter() -> None:
     assert decide(Recipe((named, TWO_FOUR)), [FC, bracketed])[1] == Decision(bracketed, named)
     kept = decide(Recipe((named, TWO_FOUR), keep_dense=("head[0]",)), [FC, bracketed])[1]
     assert kept == Decision(bracketed, None, "kept dense by keep_dense 'head[0]'")
-    untiled = replace(bracketed, in_=15, run=15)
-    with pytest.raises(PatternError, match=r"layer 'head\[0\]'"):
-        decide(Recipe((named, TWO_FOUR)), [FC, untiled])
+    refused = replace(bracketed, refusal="an embedding also reads the weight")
+    with pytest.raises(RecipeError, match=r"rule 'head\[0\]': this site cannot be pruned"):
+        decide(Recipe((named, TWO_FOUR)), [FC, refused])
 
 
 def test_sparsity_zero_leaves_a_site_dense() -> None:
