@@ -27,6 +27,12 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "sparsify.json"
 VERSION = 1
 
+_TABLE = {"model": dict, "device": str, "tokens": [int], "aliases": {"": str}, "sites": {"": dict}}
+_SITE = {"kind": str, "parameters": [str], "shape": [int], "pattern": str, "packed": str, "tensors": [str]}
+_SITE |= {"run": int, "groups": int, "kernel": str, "calls": int}
+_MATMUL = {"transposed": bool, "input_axis": int}
+_CONV = {"kernel_size": [int], "stride": [int], "padding": [[int]], "dilation": [int]}
+
 
 @dataclass(frozen=True)
 class PrunedSite:
@@ -112,21 +118,27 @@ def read_artefact(folder: Path) -> Artefact:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise ModelError(f"{folder}: no {Path(str(error.filename)).name}; give a folder that compile wrote") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the artefact is damaged ({error}); compile it again") from None
-    if table.get("format") != "sparsify-compiler" or not isinstance(table.get("version"), int):
+    if (
+        not isinstance(table, dict)
+        or table.get("format") != "sparsify-compiler"
+        or not _fits(table.get("version"), int)
+    ):
         raise ModelError(f"{folder / DESCRIPTION}: not a description that compile wrote")
     if table["version"] > VERSION:
         raise ModelError(f"{folder}: written as version {table['version']}; this release reads up to {VERSION}")
+    _check(table, _TABLE, str(folder / DESCRIPTION))
     sites, packed = [], {}
     for name, entry in table["sites"].items():
-        site, weight = _read_site(folder, name, entry, tensors)
+        site, weight, native = _read_site(f"{folder / DESCRIPTION}, site {name!r}", name, entry, tensors)
         sites.append(site)
         packed[name] = weight
-        native = from_problem(_stacked(unpack(weight), site.site), _layout(site.site), site.site.shape)
         for parameter in site.parameters:
             tensors[parameter] = native
     for alias, name in table["aliases"].items():
+        if name not in tensors:
+            raise ModelError(f"{folder}: {alias!r} shares the tensor {name!r}, which is missing; compile it again")
         tensors[alias] = tensors[name]
     state = {name: tensor for name, tensor in tensors.items() if "::" not in name}
     return Artefact(table["model"], state, tuple(sites), packed, table["device"], tuple(table["tokens"]))
@@ -194,8 +206,24 @@ def _describe_site(site: PrunedSite, packed: Packed) -> dict[str, Any]:
 
 
 def _read_site(
-    folder: Path, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[PrunedSite, Packed]:
+    where: str, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[PrunedSite, Packed, Tensor]:
+    """Return a site, its packed weight and its dense weight in the module's own shape. Raises ModelError."""
+    _check(entry, _SITE | (_MATMUL if "transposed" in entry else _CONV), where)
+    try:
+        site = _site(name, entry)
+        parts = {key: tensors[f"{site.parameter}::{key}"] for key in entry["tensors"]}
+        packed = Packed(entry["packed"], parse_pattern(entry["pattern"]), (site.out * site.groups, site.in_), parts)
+        keep = kept_entries(packed)[0].reshape(site.groups, site.out, site.in_)
+        native = from_problem(_stacked(unpack(packed), site), _layout(site), site.shape)
+    except KeyError as error:
+        raise ModelError(f"{where} lacks its tensor {error}; compile it again") from None
+    except (IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise ModelError(f"{where}: its numbers contradict each other ({error}); compile it again") from None
+    return PrunedSite(site, entry["pattern"], keep, tuple(entry["parameters"]), entry["kernel"]), packed, native
+
+
+def _site(name: str, entry: Mapping[str, Any]) -> Site:
     layout: Layout
     shape = tuple(entry["shape"])
     if "transposed" in entry:
@@ -206,7 +234,7 @@ def _read_site(
         kernel = tuple(entry["kernel_size"])
         layout = ConvLayout(kernel, tuple(entry["stride"]), padding, tuple(entry["dilation"]), entry["groups"])
         out, in_ = shape[0] // entry["groups"], torch.Size(kernel).numel() * shape[1]
-    site = Site(
+    return Site(
         name=name,
         kind=entry["kind"],
         parameter=entry["parameters"][0],
@@ -220,10 +248,20 @@ def _read_site(
         segment=0,
         calls=entry["calls"],
     )
-    try:
-        parts = {key: tensors[f"{site.parameter}::{key}"] for key in entry["tensors"]}
-    except KeyError as error:
-        raise ModelError(f"{folder}: site {name!r} lacks its tensor {error}; compile it again") from None
-    packed = Packed(entry["packed"], parse_pattern(entry["pattern"]), (out * site.groups, in_), parts)
-    keep = kept_entries(packed)[0].reshape(site.groups, out, in_)
-    return PrunedSite(site, entry["pattern"], keep, tuple(entry["parameters"]), entry["kernel"]), packed
+
+
+def _check(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError where a key is missing or its value of another kind: a type, [each's] or {each value's}."""
+    for key, kind in kinds.items():
+        if key not in table:
+            raise ModelError(f"{where}: {key!r} is missing; compile it again")
+        if not _fits(table[key], kind):
+            raise ModelError(f"{where}: {key!r} cannot be {json.dumps(table[key])[:60]}; compile it again")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(entry, kind[0]) for entry in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_fits(entry, kind[""]) for entry in value.values())
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))

@@ -13,6 +13,12 @@ from sparsify_compiler.errors import ModelError
 Import = Callable[[str], object]
 """Imports a factory `package.module:name` where the user trusts it."""
 
+_NEEDED: Mapping[str, Mapping[str, type]] = {
+    "transformers": {"class": str, "config": dict},
+    "factory": {"reference": str},
+}
+"""What a description of each kind must hold."""
+
 
 def describe(module: nn.Module, reference: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the description and notes for the report. `reference` is a factory `package.module:name`, or empty."""
@@ -42,10 +48,13 @@ def rebuild(description: Mapping[str, Any], folder: Path, import_factory: Import
         TrustError: it is a factory and `import_factory` refuses it.
     """
     kind = description.get("kind")
+    for key, value in _NEEDED.get(str(kind), {}).items():
+        if not isinstance(description.get(key), value):
+            raise ModelError(f"{folder}: the model's description lacks its {key}; compile it again")
     if kind == "transformers":
         return _transformers(description, folder)
     if kind == "factory":
-        made = import_factory(str(description["reference"]))
+        made = import_factory(description["reference"])
         model = made() if callable(made) else made
         model = model[0] if isinstance(model, tuple) else model
         if not isinstance(model, nn.Module):
@@ -61,7 +70,7 @@ def _transformers(description: Mapping[str, Any], folder: Path) -> nn.Module:
         raise ModelError(
             f"{folder}: a transformers model; install the extra: pip install 'sparsify-compiler[hf]'"
         ) from None
-    found = getattr(transformers, str(description["class"]), None)
+    found = getattr(transformers, description["class"], None)
     if found is None:
         raise ModelError(f"{folder}: transformers {transformers.__version__} has no class {description['class']!r}")
     config = found.config_class.from_dict(dict(description["config"]))
