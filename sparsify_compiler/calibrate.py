@@ -5,7 +5,7 @@ the values alive between two segments are kept per batch, on the host.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,9 @@ class Walk:
     Iterate over `layers()` and `accept` one solution for every problem before asking for the next segment's first.
     `tokens` counts the rows each site saw; `starved` names sites that saw none: they are left dense. `finished` holds
     every pruned site, solved now or restored from the checkpoint.
-    With `dense_targets` the dense model is walked alongside and problems carry `Targets`.
+    With `dense_targets` the dense model is walked alongside and problems carry `Targets`. A further round over a graph
+    that is already pruned gives the dense weights (groups, out, in) by site name as `dense_weights`: they stay what
+    problems are measured against, and what the graph holds becomes their `start`.
     """
 
     graph: Graph
@@ -55,6 +57,7 @@ class Walk:
     checkpoint: Checkpoint | None = None
     progress: Progress = silent
     dense_targets: bool = False
+    dense_weights: Mapping[str, Tensor] | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
     finished: dict[str, FinishedSite] = field(default_factory=dict)
@@ -83,7 +86,8 @@ class Walk:
             self.progress(stage, segment.index, last + 1)
             saved = self.checkpoint.read(segment.index) if self.checkpoint is not None else None
             if self.dense_targets:
-                self._dense.update({site.name: self.graph.weight(site) for site, _ in sites})
+                given = self.dense_weights or {}
+                self._dense.update({s.name: given.get(s.name, self.graph.weight(s)) for s, _ in sites})
             if saved is not None:
                 self._restore(saved, sites)
             elif sites:
@@ -153,9 +157,11 @@ class Walk:
             if seen is not None and seen.tokens == 0:
                 self.starved.append(site.name)
                 continue
-            weight = self.graph.weight(site)
+            now = self.graph.weight(site)
+            dense = (self.dense_weights or {}).get(site.name)
             for group, name in enumerate(site.problem_names()):
-                yield self._problem(name, site, rule, weight[group], seen, group)
+                problem = self._problem(name, site, rule, (now if dense is None else dense)[group], seen, group)
+                yield problem if dense is None else replace(problem, start=now[group].to(problem.weight.device))
 
     def _problem(
         self, name: str, site: Site, rule: Rule, weight: Tensor, seen: Moments | None, group: int

@@ -57,6 +57,8 @@ class LayerProblem:
 
     `weight` (out, in) float32; `run` columns share one kernel tap (None: all of them); `mean_square` (in,) float64,
     mean of x² per input; `gram` and `targets` as their classes say. None where the method did not ask for it.
+    `weight` is the dense one; `start` (out, in) where an earlier round left off, None in the first. `objective` maps
+    (out, in) to a loss per token, differentiably, where the loss reaches beyond the layer (a slice of the graph).
     """
 
     name: str
@@ -67,12 +69,16 @@ class LayerProblem:
     mean_square: Tensor | None = None
     gram: Gram | None = None
     targets: Targets | None = None
+    start: Tensor | None = None
+    objective: Callable[[Tensor], Tensor] | None = None
 
     def loss(self, weight: Tensor) -> float | None:
         """Return ‖X (W − Ŵ)ᵀ‖² / tokens for Ŵ = `weight` (out, in), in float64, or None without a Gram matrix.
 
-        With `targets`, ‖X_dense Wᵀ − X Ŵᵀ‖² / tokens.
+        With `targets`, ‖X_dense Wᵀ − X Ŵᵀ‖² / tokens; with an `objective`, its value.
         """
+        if self.objective is not None:
+            return float(self.objective(weight).detach())
         if self.gram is None:
             return None
         matrix = self.gram.matrix

@@ -17,7 +17,7 @@ from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.plan import decide
-from sparsify_compiler.problem import LayerProblem, LayerSolution, Layerwise, Pruner
+from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Layerwise, Pruner
 from sparsify_compiler.recipe import Recipe, make_rule
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
@@ -280,3 +280,38 @@ def test_statistics_and_solves_run_in_whole_float32_whatever_the_caller_chose() 
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(Spy.seen) == {"highest"}
+
+
+def test_a_second_round_starts_from_the_pruned_weights_and_measures_against_the_dense_ones() -> None:
+    batches = mlp_batches()
+    graph, first = walk_of(seeded(Mlp), batches)
+    dense = {site.name: graph.weight(site) for site in graph.sites}
+    prune_layerwise(first)
+    pruned = {site.name: graph.weight(site) for site in graph.sites}
+    second = Walk(graph, batches, first.decisions, dense_targets=True, dense_weights=dense)
+    for problem in second.layers():
+        assert torch.equal(problem.weight, dense[problem.name][0])
+        assert problem.start is not None
+        assert torch.equal(problem.start, pruned[problem.name][0])
+        assert problem.targets is not None
+        start, energy = problem.loss(problem.start), problem.energy()
+        assert start is not None
+        assert energy is not None
+        assert 0 < start < energy
+        walk_on = SparseGPT().prune(problem)
+        second.accept(problem.name, walk_on)
+
+
+def test_an_objective_of_the_graph_takes_the_place_of_the_gram_quadratic() -> None:
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    target = rows @ weight.double().t()
+
+    def objective(candidate: Tensor) -> Tensor:
+        return (rows @ candidate.double().t() - target).square().sum() / 40
+
+    by_graph = LayerProblem("fc", weight, Unstructured(), 0.5, objective=objective)
+    by_gram = LayerProblem("fc", weight, Unstructured(), 0.5, gram=Gram(rows.t() @ rows / 40, 40))
+    for candidate in (weight * 0.5, torch.zeros_like(weight)):
+        assert by_graph.loss(candidate) == pytest.approx(by_gram.loss(candidate), rel=1e-12)
+    assert by_graph.energy() == pytest.approx(by_gram.energy(), rel=1e-12)
