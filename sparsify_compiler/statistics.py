@@ -13,7 +13,7 @@ from sparsify_compiler.problem import Gram, Needs
 SLICE_ROWS = 4096
 """Rows multiplied in float32 before the product is added in float64: relative error about 3e-7."""
 
-PANEL = 256
+PANEL = 128
 """Columns of the Gram matrix computed at a time; only panels on and below the diagonal are."""
 
 
