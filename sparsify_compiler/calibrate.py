@@ -20,15 +20,7 @@ from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Targets
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Rule
-from sparsify_compiler.statistics import Moments, size_bytes
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes the walk will hold: statistics of the largest segment, and boundary activations of all batches."""
-
-    statistics_bytes: int
-    boundary_bytes: int
+from sparsify_compiler.statistics import Estimate, Moments, size_bytes
 
 
 @dataclass(frozen=True)
@@ -133,19 +125,19 @@ class Walk:
         per_segment: dict[int, dict[str, int]] = {}
         for site, rule in self._chosen.values():
             held = per_segment.setdefault(site.segment, {})
-            held[site.reads] = max(held.get(site.reads, 0), size_bytes(site.groups, site.in_, _needs(rule)))
-        boundary = 0
-        if self.batches:
-            values = self.graph.enter(self.batches[0])
-            boundary = max((_values_bytes(values), *self._boundary_sizes(values)))
-        statistics = max((sum(held.values()) for held in per_segment.values()), default=0)
+            needs = Needs.GRAM if self.dense_targets else _needs(rule)
+            held[site.reads] = max(held.get(site.reads, 0), size_bytes(site.groups, site.in_, needs))
+        boundary = max(self._boundary_sizes(self.graph.enter(self.batches[0]))) if self.batches else 0
+        statistics = max((sum(held.values()) for held in per_segment.values()), default=0) if self.batches else 0
+        if self.dense_targets:  # XᵀX, X_prunedᵀ X_dense and X_denseᵀ X_dense; every batch's boundary twice
+            statistics, boundary = 3 * statistics, 2 * boundary
         return Estimate(statistics, boundary * len(self.batches))
 
     def _boundary_sizes(self, values: Values) -> Iterator[int]:
         """Run the first segment to see what crosses; later boundaries of a deep network are alike."""
+        yield _values_bytes(values)
         if len(self.graph.segments) > 1:
-            with torch.no_grad():
-                yield _values_bytes(self.graph.run_segment(0, values))
+            yield _values_bytes(self._run(0, 0, values))
 
     def _segment_problems(
         self, index: int, boundaries: list[Values], sites: Sequence[tuple[Site, Rule]]

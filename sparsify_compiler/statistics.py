@@ -17,6 +17,14 @@ PANEL = 128
 """Columns of the Gram matrix computed at a time; only panels on and below the diagonal are."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a walk will hold: statistics of the largest segment, and boundary activations of all batches."""
+
+    statistics_bytes: int
+    boundary_bytes: int
+
+
 @dataclass
 class Moments:
     """What is summed for one input: XᵀX (or only its diagonal) and, with dense targets, X_prunedᵀ X_dense.

@@ -101,6 +101,7 @@ class Job:
             checkpoint = Checkpoint(self.workspace.segments, fingerprint, self.options.resume)
         walk = Walk(graph, data, decisions, checkpoint, self.progress)
         with self.stage("prune"):
+            self._say_memory(walk)
             outcomes = prune_layerwise(walk)
         for name in walk.starved:
             self.notes.append(f"{name}: no token of the calibration data reached it; it stays dense")
@@ -112,6 +113,17 @@ class Job:
                 "generated inputs, which say little of the model's quality on real data"
             )
         return decisions, outcomes
+
+    def _say_memory(self, walk: Walk) -> None:
+        """Say before pruning what the walk will hold beside the model."""
+        estimate = walk.estimate()
+        statistics, boundaries = (size / 2**30 for size in (estimate.statistics_bytes, estimate.boundary_bytes))
+        last = max((d.site.segment for d in walk.decisions if d.rule is not None), default=0)
+        self.progress(f"prune (about {statistics + boundaries:.2f} GiB of statistics and activations)", 0, last + 1)
+        self.notes.append(
+            f"estimated before pruning: {statistics:.2f} GiB for the statistics of the largest segment and "
+            f"{boundaries:.2f} GiB for the values between segments of {len(walk.batches)} batches, beside the model"
+        )
 
     def quality(self, dense: Forward, sparse: Forward) -> tuple[Quality, ...]:
         """Measure the dense and the sparse model on the held-out data, else on the calibration data (said so)."""

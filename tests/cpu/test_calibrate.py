@@ -1,6 +1,7 @@
 """The front-to-back walk: what statistics are of, what is held, what starves, what resumes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -206,6 +207,13 @@ def test_the_memory_estimate_counts_shared_inputs_once_and_grows_with_batches() 
     _, many = walk_of(seeded(Mlp), mlp_batches(4))
     assert few.estimate().statistics_bytes == 8 * (32 * 32 + 64 * 64)
     assert many.estimate().boundary_bytes == 2 * few.estimate().boundary_bytes
+
+
+def test_the_memory_estimate_counts_what_dense_targets_hold() -> None:
+    _, plain = walk_of(seeded(Mlp), mlp_batches(2))
+    dense = replace(plain, dense_targets=True)
+    assert dense.estimate().boundary_bytes == 2 * plain.estimate().boundary_bytes
+    assert dense.estimate().statistics_bytes == 3 * plain.estimate().statistics_bytes
 
 
 def test_the_dense_model_is_walked_through_segments_without_a_chosen_site_and_resumed_ones(tmp_path: Path) -> None:
