@@ -6,6 +6,7 @@ The model that is given is never changed. Nothing is fetched, and nothing that r
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,15 @@ from sparsify_compiler.export.torch import Artefact, load_state, read_artefact
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.graph import Graph
-from sparsify_compiler.passes.lower import lower, lowerable
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.forwards import forward_of, refuses
 from sparsify_compiler.pipeline.inspection import Inspection, SiteInspection, inspect_graph
-from sparsify_compiler.pipeline.job import Heldout, Job, device_name, measure
+from sparsify_compiler.pipeline.job import Heldout, Job, measure
+from sparsify_compiler.pipeline.loading import put_kernels
 from sparsify_compiler.pipeline.onnx import compile_onnx
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.torch import compile_torch
-from sparsify_compiler.pipeline.tuning import Tuner
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Recipe
@@ -100,8 +100,9 @@ def load(folder: Path | str, into: nn.Module | None = None, trust: bool = False)
     """Load the torch module that `compile` wrote to `folder`, in eval mode, kernels as they were chosen.
 
     A Hugging Face class is rebuilt from its configuration; any other module from its factory (with `trust`), or give
-    one of the same class as `into`, which is modified. Kernels are used on the device kind they were measured on;
-    elsewhere (`module.to("cuda")` later, say) compile again for verdicts of that device.
+    one of the same class as `into`, which is modified. Kernels are used on the device they were measured on; elsewhere
+    (`module.to("cuda")` later, say) compile again for verdicts of that device. A UserWarning says how many sites whose
+    sparse kernel won run dense here, and why.
 
     Raises:
         ModelError: not an artefact, damaged, of a newer version, or not fitting the module.
@@ -110,17 +111,8 @@ def load(folder: Path | str, into: nn.Module | None = None, trust: bool = False)
     folder = Path(folder)
     artefact = read_artefact(folder)
     module = _restored(folder, artefact, into, trust)
-    here = next((p.device for p in module.parameters()), torch.device("cpu"))
-    if artefact.device != device_name(here):
-        return module.eval()
-    sparse = [site for site in artefact.sites if site.kernel != "dense"]
-    found = {site.site.name: lowerable(module, site.site, site.keep) for site in sparse}
-    parts = {name: part for name, part in found.items() if not isinstance(part, str)}
-    patterns = {site.site.name: parse_pattern(site.pattern) for site in artefact.sites}
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    tuner = Tuner(artefact.tokens, dtype, here)
-    chosen = {site.site.name: site.kernel for site in sparse if site.site.name in parts}
-    lower(module, chosen, parts, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+    if why := put_kernels(module, artefact):
+        warnings.warn(why, UserWarning, stacklevel=2)
     return module.eval()
 
 
@@ -135,14 +127,17 @@ def inspect(
 ) -> Inspection:
     """List every site of `model`, prunable or not, with reasons, and estimate what compiling it would take.
 
+    Without `batches` (nor any from the model's own factory) the figures are those of generated inputs; `notes` say so.
+
     Raises:
         SparsifyError: the model or the data cannot be read.
     """
     source = open_source(model, trust)
     where = Options(device=device).torch_device()
-    given = _given(batches, source) or _generated(source, seed, where)
-    graph, size = _graph(source, given[0], where)
-    return inspect_graph(graph, given, tokens, where, size)
+    given = _given(batches, source)
+    used = given or _generated(source, seed, where)
+    graph, size = _graph(source, used[0], where)
+    return inspect_graph(graph, used, tokens, where, size, generated=given is None)
 
 
 def evaluate(

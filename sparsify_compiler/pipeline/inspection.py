@@ -47,12 +47,17 @@ class Inspection:
 
 
 def inspect_graph(
-    graph: Graph, batches: Sequence[Batch], tokens: tuple[int, ...], device: torch.device, model_bytes: int
+    graph: Graph,
+    batches: Sequence[Batch],
+    tokens: tuple[int, ...],
+    device: torch.device,
+    model_bytes: int,
+    generated: bool = False,
 ) -> Inspection:
     """Run the first batch through `graph`, count what every site reads, and estimate the cost of compiling.
 
     `model_bytes` is the size of the weights: compile holds them twice, the user's, which this process has read, and
-    the pruned ones.
+    the pruned ones. `generated` says that the batches were drawn at random because no data was given.
     """
     counts, seconds = _count(graph, batches[0])
     rows = tuple(
@@ -72,12 +77,15 @@ def inspect_graph(
     work = sum(2.0 * site.groups * site.out * site.in_**2 * REFIT_PRODUCTS for site in chosen)
     gathering = sum(2.0 * site.in_**2 * counts.get(site.reads, 0) * len(batches) for site in chosen)
     rate = _rate(device)
-    notes = (
+    notes: tuple[str, ...] = (
         f"{len(chosen)} of {len(graph.sites)} sites would be pruned by a rule for every site",
         f"statistics of the largest segment {estimate.statistics_bytes / 2**20:.0f} MiB, values between segments "
         f"{estimate.boundary_bytes / 2**20:.0f} MiB for {len(batches)} batches",
         "the time is for SparseGPT with re-solve at the speed measured now; exporting and tuning come on top",
     )
+    if generated:
+        size = f"{len(batches)} generated batch{'es' if len(batches) != 1 else ''}"
+        notes += (f"no data was given: rows, memory and time are those of {size}; give the data you will compile with",)
     return Inspection(rows, memory, 2 * seconds * len(batches) + (work + gathering) / rate, notes)
 
 
