@@ -16,7 +16,6 @@ from torch import Tensor
 from sparsify_compiler.errors import CalibrationError, ModelError
 from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.graph import ConvLayout, Site, Values
-from sparsify_compiler.passes.result import PassResult
 from sparsify_compiler.progress import Progress, silent
 
 DEAD = 1e-6
@@ -29,13 +28,13 @@ def correct_moments(
     batches: Sequence[Any],
     sites: Collection[str],
     progress: Progress = silent,
-) -> PassResult:
+) -> tuple[str, ...]:
     """Scale and shift the convolutions named in `sites`, front to back, each seeing the corrected ones before it.
 
     `dense` is the same model before pruning. `graph` is modified: rows of the weight are scaled, so zeros stay zeros;
     the shift goes into the bias, else the mean of the BatchNormalization behind, else a new bias. Sums run in float64
     over batches and positions. Both graphs' boundary values of one segment are held for all batches. A convolution
-    used in several places, or whose bias a run computes, is left as it is and noted.
+    used in several places, or whose bias a run computes, is left as it is and noted. Returns notes for the report.
 
     Raises:
         CalibrationError: outputs that are not finite.
@@ -47,7 +46,7 @@ def correct_moments(
     notes = [note for site in chosen if (note := _unfit(graph, site))]
     chosen = [site for site in chosen if not _unfit(graph, site)]
     if not chosen or not batches:
-        return PassResult(notes=tuple(notes))
+        return tuple(notes)
     ours, theirs = ([each.enter(batch) for batch in batches] for each in (graph, dense))
     for segment in graph.segments[: max(site.segment for site in chosen) + 1]:
         progress(f"correct moments {segment.name}", segment.index, len(graph.segments))
@@ -60,7 +59,7 @@ def correct_moments(
         _run(graph, segment.index, ours, {}, advance=True)
     progress("correct moments", len(graph.segments), len(graph.segments))
     notes.append(f"mean and variance of {len(chosen)} convolutions corrected on {len(batches)} batches")
-    return PassResult(modified=True, notes=tuple(notes))
+    return tuple(notes)
 
 
 class _Sums:

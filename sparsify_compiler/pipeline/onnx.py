@@ -32,7 +32,7 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
         job.notes.append(f"dtype {job.options.dtype} was asked: the dtypes of an ONNX file stay as the file has them")
     if job.options.recalibrate_batchnorm and not job.generated:
         with job.stage("correct moments"):
-            job.notes.extend(correct_moments(graph, dense, job.batches, tuple(outcomes), job.progress).notes)
+            job.notes.extend(correct_moments(graph, dense, job.batches, tuple(outcomes), job.progress))
     quality = job.quality(dense.run, graph.run)
     rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
     for decision in decisions:
