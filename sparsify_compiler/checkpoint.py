@@ -111,7 +111,7 @@ def durable_write(path: Path, data: bytes) -> None:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """Hash tensors and printable values, taken one at a time, into a fingerprint."""
+    """Hash tensors, bytes and printable values, taken one at a time, into a fingerprint."""
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -120,6 +120,6 @@ def digest(parts: Iterable[object]) -> str:
             if tensor.numel():
                 state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
-            state.update(repr(part).encode())
+            state.update(part if isinstance(part, bytes) else repr(part).encode())
         state.update(b"\0")
     return state.hexdigest()

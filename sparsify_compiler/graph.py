@@ -3,7 +3,7 @@
 Two implementations: `frontends.torch.TorchGraph` over torch.fx and `frontends.onnx.OnnxGraph` over onnx_ir.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,6 +125,10 @@ class Graph(Protocol):
 
     def outputs(self, values: Values) -> tuple[Tensor, ...]:
         """Return the model's output tensors from the values alive after the last segment."""
+        ...
+
+    def contents(self) -> Iterator[object]:
+        """Yield all that decides what the graph computes: names and current tensors or bytes, one at a time."""
         ...
 
     def text(self) -> str:

@@ -4,7 +4,7 @@
 >>> values = graph.run_segment(0, graph.enter({"input_ids": ids}))           # doctest: +SKIP
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,14 @@ class OnnxGraph:
             made = self._whole.run(names, {name: to_numpy(value) for name, value in values.items()})
             values |= {name: to_torch(value) for name, value in zip(names, made, strict=True)}
         return self.outputs(values)
+
+    def contents(self) -> Iterator[object]:
+        """Yield the printed graph, then every initialiser's name and bytes."""
+        yield self.text()
+        for name, value in self._model.graph.initializers.items():
+            yield name
+            if value.const_value is not None:
+                yield value.const_value.tobytes()
 
     def text(self) -> str:
         """Print the graph: segments, nodes, sites."""

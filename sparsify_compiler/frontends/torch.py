@@ -1,7 +1,7 @@
 """The graph protocol over a torch.fx graph traced from a torch module."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,13 @@ class TorchGraph:
             return tuple(done[name] for name in records)
 
         return Slice(site, inputs, records, evaluate)
+
+    def contents(self) -> Iterator[object]:
+        """Yield the printed graph, then every parameter and buffer with its name."""
+        yield self.text()
+        for name, tensor in self.module.state_dict().items():
+            yield name
+            yield tensor
 
     def text(self) -> str:
         """Print the graph: a line per segment and node, sites marked with what they are."""

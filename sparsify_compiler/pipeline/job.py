@@ -32,6 +32,7 @@ from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
 
 LIBRARIES = (
+    "sparsify-compiler",
     "torch",
     "transformers",
     "numpy",
@@ -157,12 +158,10 @@ class Job:
         )
 
     def _fingerprint(self, graph: Graph, decisions: Sequence[Decision], data: Sequence[Batch]) -> str:
-        weights = (graph.weight(d.site) for d in decisions if d.site.refusal is None)
         tensors = (tensor for batch in data for _, tensor in named_tensors(batch))
-        versions = [torch.__version__, metadata.version("sparsify-compiler")]
         names = [(d.site.name, d.site.segment, d.rule is not None) for d in decisions]
-        device = self.options.torch_device().type
-        return digest(chain((*versions, device, format_recipe(self.recipe), names), weights, tensors))
+        where = environment(self.options.torch_device())  # other libraries or threads may round in another order
+        return digest(chain((where, format_recipe(self.recipe), names), graph.contents(), tensors))
 
 
 def measure(dense: Forward | None, sparse: Forward, data: Heldout, progress: Progress) -> tuple[Quality, ...]:

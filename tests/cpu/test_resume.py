@@ -3,9 +3,15 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import sparsify_compiler as sc
+from sparsify_compiler.errors import DataError
+from tests.models.small import Mlp, mlp_batches, seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,3 +55,22 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, whole: Path, mom
     weights = (folder / "model.safetensors" for folder in (whole, tmp_path / "killed"))
     assert next(weights).read_bytes() == next(weights).read_bytes()
     assert not (tmp_path / "killed.partial").exists()
+
+
+def test_a_model_that_differs_only_outside_its_sites_is_not_resumed(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    recipe = sc.Recipe((sc.make_rule("*", sc.NM(2, 4), sc.Magnitude()),))
+    module = seeded(Mlp)
+    options = sc.Options(output=tmp_path / "out", onnx=False, tokens=(1,))
+    with pytest.raises(Killed):
+        sc.compile(module, mlp_batches(), recipe=recipe, options=options, progress=kill)
+    with torch.no_grad():
+        module.get_submodule("blocks.0.norm").bias += 1.0  # type: ignore[operator]
+    with pytest.raises(DataError, match="another model, data, recipe"):
+        sc.compile(module, mlp_batches(), recipe=recipe, options=replace(options, resume=True))
