@@ -36,8 +36,12 @@ DTYPES = {
 _FATAL_ONLY = 4
 
 
-def session(path: str | Path, device: Device = "cpu", threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    path: str | Path, device: Device = "cpu", threads: int | None = None, spinning: bool = True
+) -> onnxruntime.InferenceSession:
     """Open the ONNX file at `path`, external data beside it included; `threads` None leaves the choice to ORT.
+
+    Without `spinning` its threads sleep between calls, and leave the cores to whatever is measured in turn with it.
 
     Raises:
         ModelError: no such file, not ONNX, an operator ONNX Runtime does not have, external data that is missing or
@@ -54,6 +58,8 @@ def session(path: str | Path, device: Device = "cpu", threads: int | None = None
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY  # errors are raised; a second copy would fill the terminal
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

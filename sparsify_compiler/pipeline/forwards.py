@@ -55,7 +55,7 @@ def refuses(forward: Forward) -> Callable[[Batch], str | None]:
 
 
 def _onnx(path: Path, device: torch.device) -> Forward:
-    opened = session(path, "cuda" if device.type == "cuda" else "cpu")
+    opened = session(path, "cuda" if device.type == "cuda" else "cpu", spinning=False)
     names = [value.name for value in opened.get_inputs()]
     outputs = [value.name for value in opened.get_outputs()]
 
