@@ -52,10 +52,8 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     loss = problem.loss(weight)
     notes = [*solution.notes]
     if exact_rows and solved.iterations:
-        notes.append(
-            f"refit: {exact_rows} rows were ill-conditioned (above {TOLERANCE:g} after {solved.iterations} iterations) "
-            "and were solved with a Cholesky factor each"
-        )
+        # Without a count, so that equal notes of many layers are one line of the report; `stats` has it.
+        notes.append("refit: rows too ill-conditioned for the iterations were solved with a Cholesky factor each")
     if problem.gram.tokens < problem.weight.shape[1]:
         notes.append(
             f"refit: {problem.gram.tokens} tokens for {problem.weight.shape[1]} inputs leave the weights undetermined; "
