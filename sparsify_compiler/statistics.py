@@ -86,6 +86,8 @@ class Moments:
             for start in range(0, self.in_, PANEL):
                 stop = min(start + PANEL, self.in_)
                 matrix[start:stop, stop:] = matrix[stop:, start:stop].t()
+                corner = matrix[start:stop, start:stop]
+                corner.copy_(corner.tril() + corner.tril(-1).t())  # a product need not round both halves alike
             self._grams[group] = Gram(matrix.div_(self.tokens), self.tokens)
         return self._grams[group]
 
