@@ -106,6 +106,7 @@ def load(folder: Path | str, into: nn.Module | None = None, trust: bool = False)
 
     Raises:
         ModelError: not an artefact, damaged, of a newer version, or not fitting the module.
+        KernelError: it names a kernel that this version has not.
         TrustError: the module comes from a factory and `trust` is False.
     """
     folder = Path(folder)

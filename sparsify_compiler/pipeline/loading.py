@@ -8,16 +8,22 @@ from sparsify_compiler.passes.lower import lower, lowerable
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.job import device_name
 from sparsify_compiler.pipeline.tuning import Tuner
+from sparsify_compiler.runtime.kernels import kernel_named
 
 
 def put_kernels(module: nn.Module, artefact: Artefact) -> str:
     """Swap the sites whose sparse kernel won, in place, on the device they were measured on.
 
     Returns which of them stay dense, how many and why, in words; empty where none does.
+
+    Raises:
+        KernelError: the artefact names a kernel that this version has not.
     """
     sparse = [site for site in artefact.sites if site.kernel != "dense"]
     if not sparse:
         return ""
+    for site in sparse:
+        kernel_named(site.kernel)
     here = next((p.device for p in module.parameters()), torch.device("cpu"))
     if artefact.device != device_name(here):
         return (
