@@ -192,11 +192,11 @@ def _descend(
     return MaskedSolution(weight, _norm(gradient) / target, last.double(), iteration)
 
 
-def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
+def solve_masked_exactly(problem: MaskedLeastSquares, ridge: float = FIRST_RIDGE, steps: int = 3) -> MaskedSolution:
     """Solve row by row with a float64 Cholesky factor of G on the kept columns, scaled to a unit diagonal.
 
-    The ridge (1e-8 of the diagonal, a hundred times more where the factorisation fails) holds the row to `start`
-    only in directions without data: two more steps with the same factor shrink its effect to its third power.
+    `ridge`, a share of the diagonal (a hundred times more where the factorisation fails), holds the row to `start` in
+    directions of less curvature than that; each of `steps` with the same factor shrinks its effect once more.
     """
     scale = problem.scale()
     weight = problem.start.double()
@@ -208,12 +208,12 @@ def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
         if not len(kept):
             continue
         matrix = scaled.index_select(0, kept).index_select(1, kept)
-        lower, ridge = _factor_with_ridge(matrix)
-        largest = max(largest, ridge)
+        lower, used = _factor_with_ridge(matrix, ridge)
+        largest = max(largest, used)
         # Columns that never fired keep `start`; Gᵢⱼ = 0 there, so they do not enter the other columns' equations.
         value = (weight[row, kept] / scale[kept])[:, None]
         right = moment[row, kept][:, None]
-        for _ in range(3):
+        for _ in range(steps):
             value = value + torch.cholesky_solve(right - matrix @ value, lower)
         weight[row, kept] = value[:, 0] * scale[kept]
     target = _norm(moment * problem.keep).clamp_min(torch.finfo(torch.float64).tiny)
@@ -221,8 +221,7 @@ def solve_masked_exactly(problem: MaskedLeastSquares) -> MaskedSolution:
     return MaskedSolution(weight, size, torch.zeros_like(size), ridge=largest)
 
 
-def _factor_with_ridge(matrix: Tensor) -> tuple[Tensor, float]:
-    ridge = FIRST_RIDGE
+def _factor_with_ridge(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
     while True:
         damped = matrix.clone()
         damped.diagonal().add_(ridge)

@@ -25,6 +25,9 @@ TOLERANCE = 1e-6
 SETTLED = 1e-6
 """Share of a row's gain that 15 iterations must still bring for an exact solve to be worth its time."""
 
+NOISE = 1e-6
+"""Share of the diagonal below which a Gram matrix's curvature is rounding: its products are float32, right to 3e-7."""
+
 
 def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     """Return `solution` with its kept weights re-solved: min ‖X_dense Wᵀ − X Ŵᵀ‖² on the same mask, row by row.
@@ -59,7 +62,7 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
             f"refit: {problem.gram.tokens} tokens for {problem.weight.shape[1]} inputs leave the weights undetermined; "
             "more calibration data gives a better model"
         )
-    if solved.ridge > FIRST_RIDGE:
+    if solved.ridge > (NOISE if solved.iterations else FIRST_RIDGE):
         notes.append(f"refit: the Gram matrix is singular on the kept columns: ridge raised to {solved.ridge:g}")
     if kept_rows:
         notes.append(f"refit: {kept_rows} of {len(weight)} rows were already optimal to rounding and stay as selected")
@@ -88,7 +91,7 @@ def _solve(problem: MaskedLeastSquares, determined: bool) -> tuple[MaskedSolutio
     left = ((solved.relative_gradient > TOLERANCE) & (solved.last_gain > SETTLED)).nonzero()[:, 0]
     if not len(left) or not determined:
         return solved, 0
-    rest = solve_masked_exactly(replace(problem.rows(left), start=solved.weight[left]))
+    rest = solve_masked_exactly(replace(problem.rows(left), start=solved.weight[left]), ridge=NOISE, steps=1)
     return (
         MaskedSolution(
             solved.weight.index_copy(0, left, rest.weight),
