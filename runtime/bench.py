@@ -105,7 +105,7 @@ def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
     bars = axes.barh([row.label for row in rows], middle, xerr=whiskers, color="#4c78a8", ecolor="#333333", capsize=3)
     axes.bar_label(bars, [_caption(row, index) for index, row in enumerate(rows)], padding=6, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
+    axes.set_xlim(0, 1.9 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
     axes.set_xlabel(f"milliseconds a call (median of {rows[0].repeats}, bars show the interquartile range)")
     try:
         figure.savefig(path, dpi=150)
@@ -134,4 +134,4 @@ def _row(label: str, times: Mapping[str, Sequence[float]], first: str, peak: int
 
 
 def _caption(row: BenchRow, index: int) -> str:
-    return f"{row.median_ms:.3g} ms" if index == 0 else f"{row.median_ms:.3g} ms, {row.speedup:.2f}x, {row.verdict}"
+    return f"{row.median_ms:.3g} ms" if index == 0 else f"{row.median_ms:.3g} ms, {row.speedup:.2f}x\n{row.verdict}"

@@ -5,6 +5,7 @@ into one the user gives.
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def write_artefact(
     except (SafetensorError, OSError) as error:
         raise ExportError(f"cannot write {folder / WEIGHTS}: {error}; free some space or choose another disk") from None
     durable_write(folder / DESCRIPTION, json.dumps(description, indent=1).encode())
+    # safetensors writes for the owner alone; the weights are as readable as the rest of the folder
+    (folder / WEIGHTS).chmod(stat.S_IMODE((folder / DESCRIPTION).stat().st_mode))
     return packed
 
 

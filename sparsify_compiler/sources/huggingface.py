@@ -4,6 +4,7 @@ transformers is an optional dependency (extra `hf`) and is imported when the fir
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import shutil
@@ -134,7 +135,7 @@ def load_gguf(path: Path) -> nn.Module:
             raise ModelError(
                 f"model {str(path)!r}: reading it needs {package}; run pip install 'sparsify-compiler[hf]'"
             )
-    with _no_gguf_bar(transformers):
+    with _no_gguf_bar():
         module = _from_pretrained(transformers.AutoModelForCausalLM, path.parent, str(path), gguf_file=path.name)
     # The weights are plain float32 now; what says otherwise would make save_pretrained and copies fail.
     for owner, name in ((module, "hf_quantizer"), (module.config, "quantization_config")):
@@ -160,9 +161,12 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_gguf_bar(transformers: Any) -> Iterator[None]:
+def _no_gguf_bar() -> Iterator[None]:
     """Keep the bar of the .gguf reader away: it is tqdm's own, which transformers' setting does not reach."""
-    reader = getattr(transformers, "modeling_gguf_pytorch_utils", None)
+    try:  # not an attribute of transformers: it is imported late
+        reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    except ImportError:
+        reader = None
     bar = getattr(reader, "tqdm", None)
     if bar is None:  # another version of transformers, which draws it elsewhere or not at all
         yield

@@ -66,6 +66,12 @@ def test_no_value_of_a_wrong_kind_gets_past_reading(written: Any, tmp_path: Path
             tried(lambda t, key=key, value=value: t["sites"][name].update({key: value}))
 
 
+def test_whoever_may_read_the_description_may_read_the_weights(written: Any) -> None:
+    folder, _ = written
+    modes = {(folder / name).stat().st_mode for name in ("model.safetensors", "sparsify.json", "report.json")}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"3", b'{"format": "sparsify-compiler", "version": true}'])
 def test_a_file_that_is_no_description_is_refused(written: Any, tmp_path: Path, content: bytes) -> None:
     folder, kind = written

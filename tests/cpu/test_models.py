@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import ModelError, TrustError
+from sparsify_compiler.sources import huggingface
 from sparsify_compiler.sources.models import demo_model_path, load_model, module_source, program_source
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -142,6 +144,14 @@ def test_a_folder_or_path_without_a_model_says_what_was_found(tmp_path: Path) ->
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(ModelError, match="this is a pickle or bare weights"):
         load_model(str(tmp_path / "weights.pth"))
+
+
+def test_the_gguf_reader_draws_no_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "transformers.modeling_gguf_pytorch_utils"
+    monkeypatch.delitem(sys.modules, name, raising=False)  # as in a new process: transformers imports it late
+    monkeypatch.delattr(transformers, name.rpartition(".")[2], raising=False)
+    with huggingface._no_gguf_bar():
+        assert importlib.import_module(name).tqdm(range(2)).disable
 
 
 @pytest.mark.parametrize("content", [b"", b"no gguf", b"GGUF", b"GGUF\x03\0\0\0" + b"\1\0\0\0\0\0\0\0" * 2])
