@@ -106,7 +106,7 @@ def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
     axes.bar_label(bars, [_caption(row, index) for index, row in enumerate(rows)], padding=6, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.9 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
-    axes.set_xlabel(f"milliseconds a call (median of {rows[0].repeats}, bars show the interquartile range)")
+    axes.set_xlabel(f"ms a call: median of {rows[0].repeats}, whiskers: interquartile range")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -84,7 +84,8 @@ def test_the_plot_is_a_png_or_svg_that_shows_labels_and_figures(tmp_path: Path) 
     plot(ROWS, tmp_path / "rows.svg")
     text = (tmp_path / "rows.svg").read_text()  # glyphs are paths; the texts stand in comments
     assert "sparse 2:4" in text
-    assert "6 ms, 1.67x, faster" in text
+    assert "6 ms, 1.67x" in text
+    assert "faster" in text
 
 
 def test_the_plot_refuses_other_files_no_rows_and_a_missing_folder(tmp_path: Path) -> None:
