@@ -62,6 +62,11 @@ def _decide(recipe: Recipe, site: Site) -> Decision:
         if outright:
             raise PatternError(f"layer {site.name!r}: {misfit}")
         return Decision(site, None, misfit)
+    if rule.pattern.removed(site.out, site.in_, rule.sparsity, site.run) == 0:
+        nothing = f"{rule.pattern} at sparsity {rule.sparsity:g} removes nothing from a ({site.out}, {site.in_}) weight"
+        if outright:
+            raise PatternError(f"layer {site.name!r}: {nothing}; choose smaller tiles or a higher sparsity")
+        return Decision(site, None, nothing)
     return Decision(site, rule)
 
 

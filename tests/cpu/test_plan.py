@@ -116,3 +116,13 @@ def test_a_graph_whose_sites_are_all_refused_is_an_error_with_reasons() -> None:
 def test_a_recipe_that_leaves_every_site_dense_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"the recipe leaves every site dense \(fc: kept dense by keep_dense"):
         decide(Recipe((TWO_FOUR,), keep_dense=("*",)), [FC])
+
+
+def test_a_pattern_that_would_remove_nothing_is_not_called_pruning() -> None:
+    other = replace(FC, name="other", shape=(8, 32), in_=32, run=32)
+    one_tile = make_rule("*", Block(8, 16), Magnitude(), sparsity=0.5)  # half of one tile rounds to none
+    decision = decide(Recipe((one_tile,)), [FC, other])[0]
+    assert decision == Decision(FC, None, "8x16 at sparsity 0.5 removes nothing from a (8, 16) weight")
+    named = make_rule("fc", Block(8, 16), Magnitude(), sparsity=0.5)
+    with pytest.raises(PatternError, match="removes nothing"):
+        decide(Recipe((named,)), [FC, other])
