@@ -8,6 +8,7 @@ The model that is given is never changed. Nothing is fetched, and nothing that r
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,15 +85,14 @@ def compile(
     if workspace is None:
         return _compile(job, source)
     workspace.start()
-    try:
+    with ExitStack() as unfinished:
+        unfinished.callback(workspace.abandon)
         result, report = _compile(job, source)
         if source.tokenizer is not None:
             source.tokenizer.save(workspace.files)  # so that the output folder can be evaluated on text
         report = write_report(report, workspace.files)
         workspace.commit()
-    except BaseException:
-        workspace.abandon()
-        raise
+        unfinished.pop_all()
     return result, report
 
 
