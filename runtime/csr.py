@@ -39,6 +39,10 @@ class TorchCsr:
             return f"{spec.dtype} needs compute capability {needs[0]}.{needs[1]}; found {found}"
         return None
 
+    def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
+        """One variant only."""
+        return ("",)
+
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
         """Return (row starts int32, columns int32, values) on `spec.device`."""
         keep, values = kept_entries(packed)

@@ -20,6 +20,10 @@ class Dense:
         """None: dense runs everything."""
         return None
 
+    def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
+        """One variant only."""
+        return ("",)
+
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
         """Unpack to one (out, in) tensor of `spec.dtype` on `spec.device`."""
         return Prepared(self.name, packed.shape, (unpack(packed).to(spec.device, spec.dtype),))

@@ -17,7 +17,8 @@ class MatmulSpec:
     """y = x Wᵀ with a sparse W: all that decides whether a kernel may run.
 
     `out` and `in_` are the weight's sides, `density` the share kept, `tokens` the row counts of x that the user
-    cares for, `capability` the CUDA compute capability (None on a CPU).
+    cares for, `capability` the CUDA compute capability (None on a CPU). `run` is the pattern's: groups of N:M start
+    again after that many columns (the input channels at one tap of a convolution); None: they run over the whole row.
     """
 
     out: int
@@ -28,6 +29,7 @@ class MatmulSpec:
     tokens: tuple[int, ...]
     device: torch.device
     capability: tuple[int, int] | None = None
+    run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight in a kernel's own order, on the device. Only the kernel named by `kernel` may read `tensors`."""
+    """A weight in a kernel's own order, on the device. Only the kernel named by `kernel` may read `tensors`.
+
+    `variants` says which of the kernel's variants the tuner found best, as runtime/variants.py writes it; "" leaves
+    the choice to the kernel. It changes the speed of `run`, never what `tensors` hold.
+    """
 
     kernel: str
     shape: tuple[int, int]
     tensors: tuple[Tensor, ...]
+    variants: str = ""
 
 
 class Format(Protocol):
@@ -83,6 +90,13 @@ class Kernel(Protocol):
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Return None, or the reason in words why this kernel cannot run `spec`."""
+        ...
+
+    def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
+        """Name the variants worth timing for `tokens` rows, the kernel's own choice first; ("",) where there is one.
+
+        A name is made of letters, digits, dots and dashes. Any variant gives a right result for any token count.
+        """
         ...
 
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
