@@ -41,7 +41,7 @@ from sparsify_compiler.pipeline.torch import compile_torch
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Recipe
-from sparsify_compiler.runtime.bench import BenchRow, compare
+from sparsify_compiler.runtime.bench import BenchRow, Measured, compare
 from sparsify_compiler.runtime.ort import run_file
 from sparsify_compiler.sources.data import generate_data
 from sparsify_compiler.sources.describe import rebuild
@@ -224,7 +224,8 @@ def bench(
         label = source.reference if source.reference not in sizes else f"{source.reference} ({number + 1})"
         sizes[label] = _size_bytes(source)
         candidates.append((label, partial(forward_of(source, where), example)))
-    return compare(candidates, repeats=repeats, device=where, size_bytes={k: size for k, size in sizes.items() if size})
+    measured = Measured(size_bytes={label: size for label, size in sizes.items() if size})
+    return compare(candidates, repeats=repeats, device=where, measured=measured)
 
 
 def open_source(model: Model, trust: bool = False) -> Source:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.runtime.bench import BenchRow, compare, plot, rows_from_json, rows_to_json
+from sparsify_compiler.runtime.bench import BenchRow, Measured, compare, plot, rows_from_json, rows_to_json
 
 
 class Bench:
@@ -36,7 +36,7 @@ def test_rounds_are_interleaved_and_warm_up_is_not_counted() -> None:
     bench = Bench(a=[9.0, 9.0, 0.25, 0.25], b=[9.0, 9.0, 0.125, 0.125])
     first, second = bench.compare(repeats=2, warmup=2)
     assert bench.order == "abababab"
-    assert (first.median_ms, first.speedup, first.verdict) == (250, 1, "no difference beyond the spread")
+    assert (first.median_ms, first.speedup, first.verdict) == (250, 1, "base")
     assert (second.median_ms, second.speedup, second.speedup_spread, second.verdict) == (125, 2, 0, "faster")
 
 
@@ -57,11 +57,20 @@ def test_sizes_are_passed_through_and_rows_round_trip_through_json() -> None:
         [("dense", lambda: None), ("sparse", lambda: None)],
         repeats=3,
         warmup=1,
-        size_bytes={"sparse": 7},
-        peak_memory_bytes={"dense": 9},
+        measured=Measured({"dense": 9}, {"sparse": 7}),
     )
     assert [(row.size_bytes, row.peak_memory_bytes) for row in rows] == [(None, 9), (7, None)]
     assert rows_from_json(rows_to_json(rows)) == rows
+
+
+def test_the_fastest_of_the_bases_is_the_measure_and_tokens_become_a_rate() -> None:
+    bench = Bench(eager=[4.0] * 3, graph=[2.0] * 3, sparse=[1.0] * 3)
+    candidates = [(label, bench.call(label)) for label in bench.scripts]
+    measured = Measured(case="decode", tokens=8)
+    rows = compare(candidates, 2, 1, measured=measured, bases=("eager", "graph"), clock=bench.clock)
+    assert [(row.speedup, row.verdict) for row in rows] == [(0.5, "slower"), (1, "base"), (2, "faster")]
+    assert [row.tokens_per_s for row in rows] == [2, 4, 8]
+    assert {row.case for row in rows} == {"decode"}
 
 
 def test_comparisons_that_make_no_sense_are_refused() -> None:
@@ -69,10 +78,12 @@ def test_comparisons_that_make_no_sense_are_refused() -> None:
     for candidates, repeats in (([], 3), ([same, same], 3), ([same], 1)):
         with pytest.raises(DataError, match="cannot compare"):
             compare(candidates, repeats=repeats)
+    with pytest.raises(DataError, match="bases among them"):
+        compare([same], bases=("b",))
 
 
 ROWS = (
-    BenchRow("dense", 10.0, 0.02, 1.0, 0.0, "no difference beyond the spread", 20),
+    BenchRow("dense", 10.0, 0.02, 1.0, 0.0, "base", 20),
     BenchRow("sparse 2:4", 6.0, 0.05, 1.67, 0.04, "faster", 20),
 )
 
