@@ -1,8 +1,6 @@
 """Time whole models against each other: same run, interleaved, medians, the spread shown."""
 
-import dataclasses
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,16 +89,6 @@ def compare(
                 times[label].append(seconds * 1e3)
     base = min(bases or labels[:1], key=lambda label: statistics.median(times[label]))
     return tuple(_row(label, times, base, measured or Measured()) for label in labels)
-
-
-def rows_to_json(rows: Sequence[BenchRow]) -> str:
-    """Write rows as a JSON list; `rows_from_json` is the inverse."""
-    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-
-
-def rows_from_json(text: str) -> tuple[BenchRow, ...]:
-    """Read what `rows_to_json` wrote."""
-    return tuple(BenchRow(**row) for row in json.loads(text))
 
 
 def plot(rows: Sequence[BenchRow], path: str | Path) -> None:

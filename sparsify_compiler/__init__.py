@@ -6,7 +6,8 @@ recipe = Recipe((make_rule("*", NM(2, 4), SparseGPT()),))
 compiled, report = compile(model, batches, recipe=recipe)
 """
 
-from sparsify_compiler.api import Heldout, Options, bench, compile, evaluate, export, inspect, load, run
+from sparsify_compiler.api import Heldout, Options, compile, evaluate, export, inspect, load, run
+from sparsify_compiler.api_bench import BenchReport, DecodeChoice, RandomLayers, bench, bench_decoder, bench_layers
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.passes.prune.magnitude import Magnitude
@@ -19,10 +20,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "BenchReport",
     "Block",
+    "DecodeChoice",
     "Heldout",
     "Magnitude",
     "Options",
+    "RandomLayers",
     "Recipe",
     "Report",
     "Rule",
@@ -31,6 +35,8 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "bench",
+    "bench_decoder",
+    "bench_layers",
     "compile",
     "evaluate",
     "export",

@@ -1,4 +1,4 @@
-"""The public functions: compile, load, inspect, evaluate, export, run, bench.
+"""The public functions: compile, load, inspect, evaluate, export, run (those that time things: api_bench.py).
 
     compiled, report = sparsify_compiler.compile(model, batches, recipe=recipe)
 
@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sparsify_compiler.batches import Batch, to_device
+from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import DataError, ExportError
 from sparsify_compiler.export.onnx_model import OnnxSite, WrittenOnnx, write_torch_onnx
 from sparsify_compiler.export.onnx_pack import Flavour
@@ -41,7 +40,6 @@ from sparsify_compiler.pipeline.torch import compile_torch
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Recipe
-from sparsify_compiler.runtime.bench import BenchRow, Measured, compare
 from sparsify_compiler.runtime.ort import run_file
 from sparsify_compiler.sources.data import generate_data
 from sparsify_compiler.sources.describe import rebuild
@@ -50,8 +48,8 @@ from sparsify_compiler.sources.models import Source, import_attribute, load_mode
 Model = nn.Module | ExportedProgram | Source | Path | str
 """A module or program in memory, or a reference as the command line takes it."""
 
-__all__ = ["METHODS", "Heldout", "Inspection", "Options", "SiteInspection", "bench", "compile", "evaluate", "export"]
-__all__ += ["inspect", "load", "open_source", "run"]
+__all__ = ["METHODS", "Heldout", "Inspection", "Options", "SiteInspection", "compile", "evaluate", "export", "inspect"]
+__all__ += ["load", "open_source", "random_batches", "run"]
 
 
 def compile(
@@ -79,7 +77,7 @@ def compile(
     source = open_source(model, trust)
     workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
     given = _given(batches, source)
-    made = given if given is not None else _generated(source, options.seed, options.torch_device())
+    made = given if given is not None else random_batches(source, options.seed, options.torch_device())
     held = heldout if isinstance(heldout, Heldout) or heldout is None else Heldout(_sequence(heldout) or ())
     job = Job(source.reference, recipe, options, made, given is None, held, progress, workspace)
     if workspace is None:
@@ -136,7 +134,7 @@ def inspect(
     source = open_source(model, trust)
     where = Options(device=device).torch_device()
     given = _given(batches, source)
-    used = given or _generated(source, seed, where)
+    used = given or random_batches(source, seed, where)
     graph, size = _graph(source, used[0], where)
     return inspect_graph(graph, used, tokens, where, size, generated=given is None)
 
@@ -179,7 +177,7 @@ def export(
     artefact = read_artefact(folder)
     module = _restored(folder, artefact, into, trust)
     source = module_source(module.eval(), str(folder))
-    example = batch if batch is not None else _generated(source, 0, torch.device("cpu"))[0]
+    example = batch if batch is not None else random_batches(source, 0, torch.device("cpu"))[0]
     sites = {site.site.name: OnnxSite(site.keep, parse_pattern(site.pattern), site.kernel) for site in artefact.sites}
     try:
         with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
@@ -198,34 +196,6 @@ def run(path: Path | str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[st
         DataError, ModelError: inputs that do not fit, or a file that does not load.
     """
     return run_file(path, inputs)
-
-
-def bench(
-    models: Sequence[Model],
-    batch: Batch | None = None,
-    *,
-    repeats: int = 20,
-    device: str = "auto",
-    seed: int = 0,
-    trust: bool = False,
-) -> tuple[BenchRow, ...]:
-    """Time one call of each of `models` on `batch` (or generated inputs) against the first, rounds interleaved.
-
-    Raises:
-        SparsifyError: a model cannot be read, or cannot take the batch.
-    """
-    where = Options(device=device).torch_device()
-    sources = [open_source(model, trust) for model in models]
-    example = batch if batch is not None else _generated(sources[0], seed, where)[0]
-    example = to_device(example, where)
-    candidates = []
-    sizes: dict[str, int] = {}
-    for number, source in enumerate(sources):
-        label = source.reference if source.reference not in sizes else f"{source.reference} ({number + 1})"
-        sizes[label] = _size_bytes(source)
-        candidates.append((label, partial(forward_of(source, where), example)))
-    measured = Measured(size_bytes={label: size for label, size in sizes.items() if size})
-    return compare(candidates, repeats=repeats, device=where, measured=measured)
 
 
 def open_source(model: Model, trust: bool = False) -> Source:
@@ -267,7 +237,8 @@ def _given(batches: Iterable[Batch] | None, source: Source) -> Sequence[Batch] |
     return given
 
 
-def _generated(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
+def random_batches(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
+    """Generate inputs the model accepts, on `device`. Raises DataError where it accepts none."""
     if source.kind == "module" and source.module is not None:  # the caller's own: probed where it is, not moved
         device = next((p.device for p in source.module.parameters()), torch.device("cpu"))
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
@@ -288,10 +259,3 @@ def _graph(source: Source, batch: Batch, device: torch.device) -> tuple[Graph, i
         assert source.module is not None
         graph = trace_module(source.module, batch, device)
     return graph, sum(p.numel() * p.element_size() for p in graph.module.parameters())
-
-
-def _size_bytes(source: Source) -> int:
-    if source.path is None:
-        return 0
-    files = [source.path] if source.path.is_file() else source.path.glob("model*.safetensors")
-    return sum(file.stat().st_size for file in files)

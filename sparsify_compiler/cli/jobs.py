@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sparsify_compiler import api
+from sparsify_compiler.api_bench import bench
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.cli.requests import (
     BenchRequest,
@@ -24,7 +25,7 @@ from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import Quality, Report, report_from_json
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress
-from sparsify_compiler.runtime.bench import BenchRow
+from sparsify_compiler.runtime.bench_report import BenchReport
 from sparsify_compiler.sources.data import Data, demo_text, load_data
 from sparsify_compiler.sources.images import parse_preprocess
 from sparsify_compiler.sources.models import Source, demo_model_path
@@ -90,7 +91,7 @@ def evaluate_model(request: EvaluateRequest, progress: Progress) -> tuple[Qualit
     return api.evaluate(source, _heldout(data), against, device=request.device, progress=progress)
 
 
-def bench_models(request: BenchRequest, progress: Progress) -> tuple[BenchRow, ...]:
+def bench_models(request: BenchRequest, progress: Progress) -> BenchReport:
     """Time models against the first, on a batch of the data or on generated inputs. Raises SparsifyError."""
     sources = [_open(model, request.trust, progress) for model in request.models]
     batch: Batch | None = None
@@ -99,8 +100,18 @@ def bench_models(request: BenchRequest, progress: Progress) -> tuple[BenchRow, .
         data = _data(request.data, reader, request.choice, request.trust)
         assert data is not None
         batch = data.batches[0]
-    seed = request.choice.seed
-    return api.bench(sources, batch, repeats=request.repeats, device=request.device, seed=seed, trust=request.trust)
+    return bench(
+        sources,
+        batch,
+        samples=request.samples,
+        lengths=request.lengths,
+        decode=request.decode,
+        compiled=request.compiled,
+        repeats=request.repeats,
+        device=request.device,
+        seed=request.choice.seed,
+        trust=request.trust,
+    )
 
 
 def run_model(model: Path, inputs: Path, output: Path) -> tuple[str, ...]:

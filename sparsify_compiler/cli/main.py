@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from sparsify_compiler.cli.bench import bench_verb
 from sparsify_compiler.cli.compile import compile_verb, demo_verb, export_verb, report_verb
 from sparsify_compiler.cli.guard import install_bug_report
-from sparsify_compiler.cli.measure import bench_verb, evaluate_verb, inspect_verb, run_verb
+from sparsify_compiler.cli.measure import evaluate_verb, inspect_verb, run_verb
 
 VERBS = (
     (
@@ -25,7 +26,14 @@ VERBS = (
         "sparsify-compiler evaluate OUT/model.onnx --data test.txt --against SmolLM2-135M/",
     ),
     ("run", run_verb, "sparsify-compiler run OUT/model.onnx --input x.npz -o y.npz"),
-    ("bench", bench_verb, "sparsify-compiler bench dense.onnx OUT/model.onnx --json times.json --plot times.png"),
+    (
+        "bench",
+        bench_verb,
+        "sparsify-compiler bench dense.onnx OUT/model.onnx --json times.json --html times.html",
+        "sparsify-compiler bench SmolLM2-135M/ OUT/ --batch-size 1,8 --sequence-length 128,512 --decode",
+        "sparsify-compiler bench --layers 14336x4096,4096x14336 --pattern 2:4,16:32 --tokens 1,8,64",
+        "sparsify-compiler bench --config llama-3-8b --pattern 2:4",
+    ),
     ("export", export_verb, "sparsify-compiler export OUT/ -o model_trt.onnx --onnx-flavour trt"),
     ("report", report_verb, "sparsify-compiler report OUT/"),
     ("demo", demo_verb, "sparsify-compiler demo -o demo-out/ --windows 16"),

@@ -62,11 +62,15 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """Time one call of each of `models` on the first batch of `data`, or on generated inputs, against the first."""
+    """Time `models` on the first batch of `data`, or on generated inputs, in every size of the sweep."""
 
     models: tuple[str, ...]
     data: str | None = None
     choice: DataChoice = DataChoice()
+    samples: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    decode: bool = False
+    compiled: bool = False
     repeats: int = 20
     device: str = "auto"
     trust: bool = False

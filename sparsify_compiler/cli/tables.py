@@ -1,4 +1,4 @@
-"""What inspect, evaluate and bench print: tables for a terminal, and JSON."""
+"""What inspect and evaluate print: tables for a terminal, and JSON."""
 
 import dataclasses
 import json
@@ -10,9 +10,8 @@ from rich.text import Text
 from sparsify_compiler.api import Inspection, SiteInspection
 from sparsify_compiler.export.report import Quality
 from sparsify_compiler.export.report_rows import duration, fold, fold_names, number, printable, quality_change, size
-from sparsify_compiler.export.report_table import Column, bullet, small, table
+from sparsify_compiler.export.report_table import Column, bullet, table
 from sparsify_compiler.export.report_text import FOLD_ABOVE
-from sparsify_compiler.runtime.bench import BenchRow
 
 Folded = Sequence[tuple[str, tuple[SiteInspection, ...]]]
 
@@ -53,26 +52,6 @@ def draw_evaluation(model: str, measures: Sequence[Quality], width: int) -> Rend
         Column("data", [_plain(q.data) for q in measures], wrap=True, lift=True),
     ]
     return Group(*table(printable(model), columns, width))
-
-
-def draw_bench(rows: Sequence[BenchRow], width: int) -> RenderableType:
-    """Draw one row a model, the first being the measure."""
-    peaks = [_plain(_size(row.peak_memory_bytes)) for row in rows]
-    styles = {"faster": "bold green", "slower": "yellow"}
-    columns = [
-        Column("model", [_plain(row.label) for row in rows]),
-        Column("median", [_plain(f"{row.median_ms:.4g} ms") for row in rows], right=True),
-        Column("spread", [_plain(f"±{row.spread:.2f}") for row in rows], rank=4, right=True),
-        Column("speedup", [_plain(f"{row.speedup:.2f}x ±{row.speedup_spread:.2f}") for row in rows], right=True),
-        Column("verdict", [_plain(row.verdict, styles.get(row.verdict, "")) for row in rows], wrap=True),
-        *([Column("peak memory", peaks, rank=2, right=True)] if any(row.peak_memory_bytes for row in rows) else []),
-        Column("size", [_plain(_size(row.size_bytes)) for row in rows], rank=1, right=True),
-        Column("repeats", [_plain(str(row.repeats)) for row in rows], rank=3, lift=True, right=True),
-    ]
-    meaning = (
-        "speedup = time of the first model / time of this one, round by round. spread = interquartile range / median."
-    )
-    return Group(*table("Measured in one run, rounds interleaved", columns, width, "--json"), small(Text(meaning)))
 
 
 def _fold(rows: Sequence[SiteInspection]) -> Folded:
@@ -122,10 +101,6 @@ def _estimates(inspection: Inspection) -> Iterable[RenderableType]:
     yield bullet(_plain(f"time: {duration(inspection.seconds)}"))
     for note in inspection.notes:
         yield bullet(_plain(note))
-
-
-def _size(count: int | None) -> str:
-    return "–" if count is None else size(count)
 
 
 def _plain(text: str, style: str = "") -> Text:

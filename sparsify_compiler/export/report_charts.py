@@ -54,7 +54,7 @@ def error_charts(report: Report) -> tuple[Chart, ...]:
     if not sites:
         return ()
     highest = max(max(site.relative_error or 0.0, error_selected(site) or 0.0) for site in sites)
-    top = _round_up(highest)
+    top = chart_top(highest)
     families: dict[str, list[SiteReport]] = {}
     for site in sites:
         families.setdefault(NUMBER.sub("#", site.name), []).append(site)
@@ -72,14 +72,14 @@ def speed_charts(report: Report) -> tuple[Chart, ...]:
     found = {site.name: best_timings(site) for site in sites}
     counts = sorted({count for timings in found.values() for count in timings})
     highest = max((timing.speedup for timings in found.values() for timing in timings.values()), default=0.0)
-    top = _round_up(max(highest, 1.0) * 1.02)
+    top = chart_top(max(highest, 1.0) * 1.02)
     charts = []
     for count in counts:
         measured = [(site, found[site.name][count]) for site in sites if count in found[site.name]]
         width = _width(len(measured))
         slot = (width - LEFT) / len(measured)
         bars = [
-            _bar(
+            chart_bar(
                 (index, slot),
                 timing.speedup,
                 top,
@@ -88,8 +88,8 @@ def speed_charts(report: Report) -> tuple[Chart, ...]:
             )
             for index, (site, timing) in enumerate(measured)
         ]
-        even = GridLine(_y(1.0, top), "1x", "even")
-        grid = (GridLine(_y(0.0, top), "0"), even, GridLine(_y(top, top), f"{top:g}x"))
+        even = GridLine(chart_y(1.0, top), "1x", "even")
+        grid = (GridLine(chart_y(0.0, top), "0"), even, GridLine(chart_y(top, top), f"{top:g}x"))
         title = f"{count:,} token{'' if count == 1 else 's'}"
         charts.append(Chart(title, width, HEIGHT, tuple(bars), grid, wide=len(measured) > 48))
     return tuple(charts)
@@ -104,22 +104,24 @@ def _error_chart(title: str, sites: Sequence[SiteReport], top: float) -> Chart:
         label = f"{site.name}: {after:.4g}"
         if before is not None and before > after:
             label += f", before the re-solve {before:.4g}"
-            bars.append(_bar((index, slot), before, top, "before", label))
-        bars.append(_bar((index, slot), after, top, "after", label))
-    grid = tuple(GridLine(_y(value, top), f"{value:.3g}") for value in (0.0, top / 2, top))
+            bars.append(chart_bar((index, slot), before, top, "before", label))
+        bars.append(chart_bar((index, slot), after, top, "after", label))
+    grid = tuple(GridLine(chart_y(value, top), f"{value:.3g}") for value in (0.0, top / 2, top))
     return Chart(title, width, HEIGHT, tuple(bars), grid, wide=len(sites) > 48)
 
 
-def _bar(place: tuple[int, float], value: float, top: float, style: str, label: str) -> Bar:
+def chart_bar(place: tuple[int, float], value: float, top: float, style: str, label: str) -> Bar:
+    """Place the bar of `value` in slot `place` (index, width of a slot) of a chart that ends at `top`."""
     index, slot = place
     gap = min(slot * 0.2, 2.0)
-    y = _y(min(value, top), top)
+    y = chart_y(min(value, top), top)
     return Bar(
-        round(LEFT + index * slot + gap / 2, 2), y, round(slot - gap, 2), round(_y(0.0, top) - y, 2), style, label
+        round(LEFT + index * slot + gap / 2, 2), y, round(slot - gap, 2), round(chart_y(0.0, top) - y, 2), style, label
     )
 
 
-def _y(value: float, top: float) -> float:
+def chart_y(value: float, top: float) -> float:
+    """Return the height in the drawing of `value` in a chart that ends at `top`."""
     return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top), 2)
 
 
@@ -127,7 +129,7 @@ def _width(bars: int) -> float:
     return 280.0 if bars <= 48 else 900.0
 
 
-def _round_up(value: float) -> float:
+def chart_top(value: float) -> float:
     """Return the least of 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 times a power of ten that is at least `value`; 1 for zero."""
     if value <= 0:
         return 1.0

@@ -1,40 +1,26 @@
 """Draw a report as one HTML file that loads nothing from anywhere. Names from a model are text, never markup."""
 
 import dataclasses
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from sparsify_compiler.errors import ExportError
+from sparsify_compiler.export.page import page_template
 from sparsify_compiler.export.report import FileReport, Report
 from sparsify_compiler.export.report_charts import error_charts, speed_charts
 from sparsify_compiler.export.report_rows import (
     best_timings,
-    duration,
     eligible_kernels,
     error_selected,
-    number,
-    printable,
     quality_change,
     recipe_words,
     shape_words,
-    size,
     weights_removed,
 )
 
 
 def report_html(report: Report) -> str:
     """Return the report as a page that stands alone: every site, every measurement, every reason."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters.update(size=size, duration=duration, number=number)
-    page = environment.from_string(files("sparsify_compiler.export").joinpath("report.html.jinja").read_text("utf-8"))
+    page = page_template("report.html.jinja")
     removed, weights = weights_removed(report)
     dense_bytes = sum(site.dense_bytes for site in report.sites)
     return page.render(

@@ -26,13 +26,12 @@ from sparsify_compiler.cli.main import VERBS, build_app
 from sparsify_compiler.cli.options import token_counts
 from sparsify_compiler.cli.progress import _Lines, draw_progress
 from sparsify_compiler.cli.requests import (
-    BenchRequest,
     CompileRequest,
     ExportRequest,
     RecipeChoice,
     check_output,
 )
-from sparsify_compiler.cli.tables import draw_bench, draw_evaluation
+from sparsify_compiler.cli.tables import draw_evaluation
 from sparsify_compiler.errors import DataError, ExportError, PatternError, RecipeError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
@@ -40,7 +39,6 @@ from sparsify_compiler.graph import Site
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import format_recipe
-from sparsify_compiler.runtime.bench import BenchRow, rows_from_json
 
 NAMES = [verb[0] for verb in VERBS]
 REPORT = Report(
@@ -51,10 +49,6 @@ REPORT = Report(
     recipe="",
     sites=(SiteReport("fc", "Linear", (4, 4), 1, "pruned", pattern="2:4", method="sparsegpt", sparsity=0.5),),
     files=(FileReport("model.onnx", 10),),
-)
-ROWS = (
-    BenchRow("dense.onnx", 2.0, 0.01, 1.0, 0.0, "equal", 20, 100, 2048),
-    BenchRow("sparse.onnx", 1.0, 0.02, 2.0, 0.03, "faster", 20, None, 1024),
 )
 
 
@@ -402,25 +396,6 @@ def test_export_writes_beside_the_artefact_unless_told_otherwise(
     assert invoke("export", str(tmp_path))[0] == 2
 
 
-def test_bench_draws_a_table_and_writes_json_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    requests: list[BenchRequest] = []
-
-    def take(request: BenchRequest, progress: Progress) -> tuple[BenchRow, ...]:
-        requests.append(request)
-        return ROWS
-
-    monkeypatch.setattr(cli_measure, "bench_models", take)
-    files = (tmp_path / "times.json", tmp_path / "times.svg")
-    status, said, _ = invoke("bench", "a.onnx", "b.onnx", "--json", str(files[0]), "--plot", str(files[1]))
-    assert status == 0
-    assert requests[0].models == ("a.onnx", "b.onnx")
-    assert rows_from_json(files[0].read_text(encoding="utf-8")) == ROWS
-    assert "<svg" in files[1].read_text(encoding="utf-8")
-    line = next(line for line in said.splitlines() if line.startswith("sparse.onnx"))
-    assert line.split()[:5] == ["sparse.onnx", "1", "ms", "±0.02", "2.00x"]
-    assert invoke("bench", "a", "--plot", "times.gif")[0] == 2
-
-
 def drawn(renderable: object, width: int = 100) -> str:
     console = Console(file=StringIO(), width=width, color_system=None)
     with console.capture() as capture:
@@ -433,7 +408,6 @@ def test_an_evaluation_shows_the_dense_value_only_where_there_is_one() -> None:
     beside = drawn(draw_evaluation("m", (Quality("perplexity", 20.0, 30.0, "text"),), 100))
     assert "dense" not in alone
     assert beside.splitlines()[-1].split()[:4] == ["perplexity", "20", "30", "1.50x"]
-    assert "BenchRow" not in drawn(draw_bench(ROWS, 80), 80)
 
 
 def test_without_a_terminal_progress_is_a_line_a_stage_and_one_every_ten_seconds() -> None:

@@ -1,0 +1,68 @@
+"""The public functions that time things: models, single layers, a decoder of real size."""
+
+from collections.abc import Sequence
+
+from sparsify_compiler.api import Model, open_source, random_batches
+from sparsify_compiler.batches import Batch
+from sparsify_compiler.pattern import Pattern
+from sparsify_compiler.pipeline.bench_random import (
+    DecodeChoice,
+    RandomLayers,
+    bench_random_decoder,
+    bench_random_layers,
+)
+from sparsify_compiler.pipeline.benching import bench_sources, cases
+from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.progress import Progress, silent
+from sparsify_compiler.runtime.bench_report import BenchReport
+
+__all__ = ["BenchReport", "DecodeChoice", "RandomLayers", "bench", "bench_decoder", "bench_layers"]
+
+
+def bench(
+    models: Sequence[Model],
+    batch: Batch | None = None,
+    *,
+    samples: Sequence[int] = (),
+    lengths: Sequence[int] = (),
+    decode: bool = False,
+    compiled: bool = False,
+    repeats: int = 20,
+    device: str = "auto",
+    seed: int = 0,
+    trust: bool = False,
+) -> BenchReport:
+    """Time `models` on `batch` (or generated inputs) in one run, rounds interleaved, against the first's fastest way.
+
+    `samples` and `lengths` sweep the batch's sizes, `decode` adds one-token steps of language models, `compiled`
+    torch.compile. On CUDA every way is timed with and without a CUDA graph.
+
+    Raises:
+        SparsifyError: a model cannot be read, or cannot take the batch.
+    """
+    where = Options(device=device).torch_device()
+    sources = [open_source(model, trust) for model in models]
+    example = batch if batch is not None else random_batches(sources[0], seed, where)[0]
+    found = [*cases(example, samples, lengths, decode)]
+    return bench_sources(sources, found, where, repeats, compiled)
+
+
+def bench_layers(asked: RandomLayers, *, device: str = "auto", progress: Progress = silent) -> BenchReport:
+    """Time every kernel on random weights pruned to patterns, beside dense and what the machine could do at most.
+
+    Raises:
+        SparsifyError: a pattern does not fit a shape, or needs a sparsity.
+    """
+    return bench_random_layers(asked, Options(device=device).torch_device(), progress)
+
+
+def bench_decoder(
+    config: str, pattern: Pattern, choice: DecodeChoice | None = None, progress: Progress = silent
+) -> BenchReport:
+    """Time a decoder of `config` (a name such as "llama-3-8b", or a config.json) with random weights, token by token.
+
+    Raises:
+        SparsifyError: no such config, or the models do not fit the device.
+    """
+    choice = choice or DecodeChoice()
+    return bench_random_decoder(config, pattern, choice, Options(device=choice.device).torch_device(), progress)
