@@ -1,11 +1,12 @@
 """How calls are timed: stopwatches for CPU and CUDA, medians, and the words for a comparison."""
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -13,11 +14,26 @@ Call = Callable[[], object]
 Words = Literal["faster", "slower", "no difference beyond the spread"]
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What a stopwatch has loaded: called, it measures once and returns microseconds per call.
+
+    `note` says what a reader of the figure must know, "" where it was taken as the stopwatch promises.
+    """
+
+    once: Callable[[], float]
+    note: str = ""
+
+    def __call__(self) -> float:
+        """Measure once."""
+        return self.once()
+
+
 class Stopwatch(Protocol):
     """A source of time. Tests pass one that follows a script."""
 
-    def load(self, label: str, calls: Sequence[Call]) -> Callable[[], float]:
-        """Warm up and return a function that measures once: microseconds per call, over all `calls` in turn."""
+    def load(self, label: str, calls: Sequence[Call], capture: bool = True) -> Measure:
+        """Warm up and return what measures `calls`, taken in turn. `capture` False: never in a CUDA graph."""
         ...
 
     def now(self) -> float:
@@ -27,68 +43,124 @@ class Stopwatch(Protocol):
 
 @dataclass(frozen=True)
 class CpuStopwatch:
-    """Wall time. One measurement repeats short calls until it lasts about `shortest_us`, far above the clock's step."""
+    """Wall time. One measurement lasts about `shortest_us`, far above the clock's step, or one call if that is longer.
+
+    Measurements go on where the last one stopped among the calls, so that calls on copies of a weight meet it cold.
+    """
 
     warmup: int = 2
     shortest_us: float = 200.0
 
-    def load(self, label: str, calls: Sequence[Call]) -> Callable[[], float]:
-        """Run every call `warmup` times and choose how often one measurement repeats them."""
+    def load(self, label: str, calls: Sequence[Call], capture: bool = True) -> Measure:
+        """Run the first call `warmup` times and choose how many calls one measurement takes."""
         for _ in range(self.warmup):
-            once = _elapsed_us(calls, 1)
-        rounds = max(1, math.ceil(self.shortest_us / max(once, 1e-3)))
-        return lambda: _elapsed_us(calls, rounds) / (rounds * len(calls))
+            once = _elapsed_us(iter(calls[:1]))
+        count = max(1, math.ceil(self.shortest_us / max(once, 1e-3)))
+        following = itertools.cycle(calls)
+        return Measure(lambda: _elapsed_us(itertools.islice(following, count)) / count)
 
     def now(self) -> float:
         """Return `time.perf_counter`."""
         return time.perf_counter()
 
 
-@dataclass(frozen=True)
 class CudaStopwatch:
-    """CUDA events around one replay of a CUDA graph that holds all calls, so launch overhead is not counted."""
+    """CUDA events around one replay of a CUDA graph that holds all calls, so launch overhead is not counted.
 
-    device: torch.device
-    warmup: int = 3
-    inner: int = 20
+    A graph holds whole turns of the calls: enough for `target_us` of work, at least `fewest` calls and, where single
+    calls are short, about `most`. Calls that cannot be captured are timed without a graph, and the note says so.
+    All graphs share one stream and one memory pool: a stream of its own for each would keep a cuBLAS workspace each.
+    """
 
-    def load(self, label: str, calls: Sequence[Call]) -> Callable[[], float]:
-        """Capture at least `inner` calls in one graph and replay it once.
+    def __init__(
+        self, device: torch.device, warmup: int = 3, target_us: float = 1000.0, fewest: int = 3, most: int = 200
+    ) -> None:
+        """Make the stream that all measurements of `device` run on; needs CUDA."""
+        self.device, self.warmup = device, warmup
+        self.target_us, self.fewest, self.most = target_us, fewest, most
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._anchor: torch.cuda.CUDAGraph | None = None
+
+    def load(self, label: str, calls: Sequence[Call], capture: bool = True) -> Measure:
+        """Warm up, capture whole turns of `calls` in one graph and replay it twice.
 
         Raises:
-            RuntimeError: a call cannot be captured (raised by PyTorch).
+            RuntimeError: a call fails outside a capture, or memory ran out (raised by PyTorch).
         """
-        rounds = max(1, math.ceil(self.inner / len(calls)))
-        graph = torch.cuda.CUDAGraph()
+        kept = tuple(calls)  # a graph holds addresses only: the closures below keep the tensors alive
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(self.warmup):
-                    for call in calls:
-                        call()
-            stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
-                for _ in range(rounds):
-                    for call in calls:
-                        call()
-            graph.replay()
-            torch.cuda.synchronize()
-        return lambda: self._replay_us(graph) / (rounds * len(calls))
+            turns = self._turns(self._warm(kept), len(kept))
+            note = "timed without a CUDA graph"
+            if capture:
+                found = self._capture(kept, turns)
+                if isinstance(found, torch.cuda.CUDAGraph):
+                    found.replay()
+                    found.replay()
+                    torch.cuda.synchronize()
+                    return Measure(lambda: self._events_us(found.replay) / (turns * len(kept)))
+                note = f"timed without a CUDA graph, which cannot hold it ({found})"
+        return Measure(lambda: self._events_us(lambda: _run(kept, turns)) / (turns * len(kept)), note)
 
     def now(self) -> float:
         """Return `time.perf_counter`."""
         return time.perf_counter()
 
-    def _replay_us(self, graph: torch.cuda.CUDAGraph) -> float:
+    def _turns(self, each_us: float, calls: int) -> int:
+        """Return how often a graph repeats `calls` calls of `each_us` microseconds."""
+        wanted = min(self.most, max(self.fewest, math.ceil(self.target_us / max(each_us, 1e-3))))
+        return max(1, math.ceil(wanted / calls))
+
+    def _warm(self, calls: tuple[Call, ...]) -> float:
+        """Run every call once and the first `warmup` times more; return microseconds of one, launch included."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for call in calls:
+                call()
+            us = self._events_us(lambda: _run(calls[:1], self.warmup))
+        self._stream.synchronize()
+        return us / self.warmup
+
+    def _capture(self, calls: tuple[Call, ...], turns: int) -> torch.cuda.CUDAGraph | str:
+        """Capture, or return in words why it cannot be done."""
+        before = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # An error in another thread's CUDA work must not break this capture: thread_local.
+            with torch.cuda.graph(graph, pool=self._pool(), stream=self._stream, capture_error_mode="thread_local"):
+                _run(calls, turns)
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(before)
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a capture that cannot end leaves its own stream current
+            torch.cuda.synchronize()
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return graph
+
+    def _pool(self) -> Any:
+        """Return the pool of a graph that lives as long as this stopwatch: a pool dies with its last graph."""
+        if self._anchor is None:
+            anchor = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(anchor, stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=self.device)
+            self._anchor = anchor
+        return self._anchor.pool()
+
+    def _events_us(self, work: Call) -> float:
         with torch.cuda.device(self.device):
             start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
-            graph.replay()
+            work()
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end)) * 1e3
+
+
+def stopwatch_for(device: torch.device) -> Stopwatch:
+    """Return the stopwatch of a device: CUDA's own clock, wall time elsewhere."""
+    return CudaStopwatch(device) if device.type == "cuda" else CpuStopwatch()
 
 
 @dataclass(frozen=True)
@@ -122,9 +194,14 @@ def spread(values: Sequence[float]) -> float:
     return (high - low) / statistics.median(values)
 
 
-def _elapsed_us(calls: Sequence[Call], rounds: int) -> float:
-    start = time.perf_counter()
-    for _ in range(rounds):
+def _run(calls: tuple[Call, ...], turns: int) -> None:
+    for _ in range(turns):
         for call in calls:
             call()
+
+
+def _elapsed_us(calls: Iterator[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
     return (time.perf_counter() - start) * 1e6

@@ -1,82 +1,63 @@
-"""Which kernel runs a weight: every candidate is checked, then timed against dense in the same rounds.
+"""Which kernel runs a weight: every candidate is tried, checked, then timed against dense in the same rounds.
 
-Design rule 1, measured, never assumed: one weight copy serves all token counts, so the kernel with the least total
-time over the counts that were asked wins, and only when its gain exceeds the spread. Otherwise the layer stays dense.
+Design rule 1, measured, never assumed: a kernel wins only when its gain over dense exceeds the spread of the
+measurement. In this order, and each step may refuse a kernel with its reason in words:
+
+    rejects         the kernel's own word on the specification
+    self-test       a child process, so that a crash or a hang takes nothing down (runtime/selftest.py)
+    check           its result on the real weight against float64, at every token count
+    variants        those it names compete at each token count (runtime/candidates.py)
+    rounds          all candidates and dense in turn (A B A B ...), weights cold (runtime/cold.py)
+    verdict         medians and spreads (runtime/verdicts.py), kept on disk (runtime/cache.py)
 """
 
-import math
-import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
-from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed, Prepared
-from sparsify_compiler.runtime.formats import unpack
-from sparsify_compiler.runtime.oracle import difference
-from sparsify_compiler.runtime.timing import Call, CpuStopwatch, CudaStopwatch, Stopwatch, compare_pairs
+from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed
+from sparsify_compiler.runtime.cache import DiskCache, Key, outcome_key, verdict_key
+from sparsify_compiler.runtime.candidates import (
+    Budget,
+    Candidate,
+    Job,
+    Refusal,
+    checked_rows,
+    first_line,
+    is_out_of_memory,
+    job_for,
+    load,
+)
+from sparsify_compiler.runtime.cold import prepared_bytes, release
+from sparsify_compiler.runtime.routed import Routed
+from sparsify_compiler.runtime.selftest import Outcome, Tester, case_for
+from sparsify_compiler.runtime.timing import Stopwatch, stopwatch_for
+from sparsify_compiler.runtime.variants import write_variants
+from sparsify_compiler.runtime.verdicts import (
+    DENSE,
+    Choice,
+    KernelTiming,
+    Measured,
+    Times,
+    Verdict,
+    choose,
+    runs,
+    single,
+    timing,
+)
 
-DENSE = "dense"
-CHECKED_ROWS = 64
-MOST_COPIES = 256
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to measure one specification.
-
-    Rounds go on until `seconds` are spent, but at least `least_rounds` and at most `most_rounds`. After
-    `look_rounds` a candidate whose total is still below `hopeless` times dense in every round is timed no further.
-    Checking and warming up come before the clock starts.
-    """
-
-    seconds: float = 0.5
-    least_rounds: int = 5
-    most_rounds: int = 30
-    look_rounds: int = 3
-    hopeless: float = 0.5
-
-
-@dataclass(frozen=True)
-class KernelTiming:
-    """One candidate at one token count: medians in microseconds over the rounds.
-
-    `speedup` is the median over the rounds of dense time / this kernel's time, `spread` that ratio's interquartile
-    range over its median. The fields are those of `sparsify_compiler.export.report.Timing`.
-    """
-
-    kernel: str
-    tokens: int
-    time_us: float
-    dense_us: float
-    spread: float
-    speedup: float
-    verdict: str
+__all__ = ["DENSE", "Budget", "KernelTiming", "Verdict", "spec_key", "tune"]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The kernel to run, why in words, what was measured, and each refused kernel with its reason.
-
-    `rounds` is the number of measurements of dense, and of every candidate that was not given up early.
-    """
-
-    kernel: str
-    reason: str
-    timings: tuple[KernelTiming, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-    rounds: int = 0
-
-
-def spec_key(spec: MatmulSpec, bias: bool = False) -> Hashable:
+def spec_key(spec: MatmulSpec, bias: bool = False, activation: Activation | None = None) -> Hashable:
     """Return a key under which layers share one verdict: equal but for the density, which is rounded to 1 %.
 
     For the caller's memo, so that a model with thirty equal layers is tuned once.
     """
-    shape = (spec.out, spec.in_, str(spec.dtype), str(spec.pattern), round(spec.density, 2))
-    return (*shape, spec.tokens, str(spec.device), spec.capability, bias)
+    shape = (spec.out, spec.in_, str(spec.dtype), str(spec.pattern), spec.run, round(spec.density, 2))
+    return (*shape, spec.tokens, str(spec.device), spec.capability, bias, activation)
 
 
 def tune(
@@ -87,14 +68,20 @@ def tune(
     activation: Activation | None = None,
     budget: Budget | None = None,
     stopwatch: Stopwatch | None = None,
+    tester: Tester | None = None,
+    cache: DiskCache | None = None,
+    dense_copy: bool = False,
 ) -> Verdict:
     """Time `kernels` (one of them named "dense") on standard normal inputs of `spec.tokens` rows; see the module.
 
-    On CUDA the weights are rotated through copies larger than twice the L2 cache, so every call reads them from
-    memory; on a CPU they are as warm as the caches keep them, which favours dense, the larger one.
+    Weights are rotated through copies larger than twice the last-level cache, so every call reads them from memory; a
+    candidate whose copies would not fit says so in the reason. `tester` tries every kernel but dense first, None
+    trusts them. `cache` gives and keeps verdicts and self-tests. `dense_copy` lets dense be a part of a routed kernel,
+    which costs the memory of the dense weight; without it the reason says what that would give.
 
     Raises:
-        KernelError: no kernel is named "dense", dense itself cannot run or `spec.tokens` is empty.
+        KernelError: no kernel is named "dense", dense itself cannot run, the inputs do not fit into memory, or
+            `spec.tokens` is empty or holds a count below 1.
     """
     dense = next((kernel for kernel in kernels if kernel.name == DENSE), None)
     if dense is None or not spec.tokens or min(spec.tokens) < 1:
@@ -103,158 +90,146 @@ def tune(
             f"cannot tune ({spec.out}, {spec.in_}): needs a kernel named dense and token counts of at least 1; "
             f"found kernels {names} and tokens {spec.tokens}"
         )
-    watch = stopwatch or (CudaStopwatch(spec.device) if spec.device.type == "cuda" else CpuStopwatch())
-    job = _Job(packed, spec, _inputs(spec), unpack(packed).to(spec.device), bias, activation, watch)
-    entries: dict[str, Measures] = {}
-    refused: dict[str, str] = {}
-    for kernel in (dense, *(kernel for kernel in kernels if kernel is not dense)):
-        found = _load(kernel, job)
-        if isinstance(found, str):
-            refused[kernel.name] = found
-        else:
-            entries[kernel.name] = found
-    if DENSE in refused:
-        raise KernelError(f"dense cannot run ({spec.out}, {spec.in_}) {spec.dtype}: {refused[DENSE]}")
-    if len(entries) == 1:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none was given"
-        return Verdict(DENSE, f"dense: no sparse kernel can run this weight ({reasons})", (), refused)
-    return _verdict(_measure(entries, budget or Budget(), watch), spec.tokens, refused)
+    budget = budget or Budget()
+    how = {**dataclasses.asdict(budget), "dense_copy": dense_copy, "self-tested": tester is not None}
+    names_sorted = sorted(kernel.name for kernel in kernels)
+    key = verdict_key(spec, names_sorted, bias is not None, activation, how) if cache else {}
+    if cache and (known := cache.verdict(key)):
+        return known
+    watch = stopwatch or stopwatch_for(spec.device)
+    job = job_for(packed, spec, bias, activation, watch, budget)
+    gate = _Gate(tester, cache, spec, bias is not None, activation)
+    verdict, lasting = _tune(job, dense, [kernel for kernel in kernels if kernel is not dense], gate, dense_copy)
+    release(spec.device)
+    if cache and lasting:
+        cache.keep_verdict(key, verdict)
+    return verdict
 
 
-Measures = Mapping[int, Callable[[], float]]
-"""By token count, a function that measures once and returns microseconds."""
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+    """The self-tests of one specification, new or known."""
 
-Times = Mapping[str, Mapping[int, Sequence[float]]]
-"""By kernel and token count, the microseconds of every round."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    packed: Packed
+    tester: Tester | None
+    cache: DiskCache | None
     spec: MatmulSpec
-    inputs: Mapping[int, Tensor]
-    weight: Tensor
-    bias: Tensor | None
+    bias: bool
     activation: Activation | None
-    watch: Stopwatch
+
+    def test(self, kernel: Kernel) -> Outcome:
+        if self.tester is None:
+            return Outcome()
+        key: Key = outcome_key(case_for(kernel.name, self.spec, self.bias, self.activation))
+        if self.cache and (known := self.cache.outcome(key)):
+            return known
+        outcome = self.tester.test(kernel.name, self.spec, self.bias, self.activation)
+        if self.cache and outcome.lasting:
+            self.cache.keep_outcome(key, outcome)
+        return outcome
 
 
-def _load(kernel: Kernel, job: _Job) -> Measures | str:
-    """Check a kernel at every token count and load it into the stopwatch, or say why it cannot be used."""
+def _tune(job: Job, dense: Kernel, others: Sequence[Kernel], gate: _Gate, dense_copy: bool) -> tuple[Verdict, bool]:
+    """Return the verdict, and whether it would be the same next time as far as refusals go."""
+    spec = job.spec
+    first = load(dense, job)
+    if isinstance(first, Refusal):
+        raise KernelError(f"dense cannot run ({spec.out}, {spec.in_}) {spec.dtype}: {first.reason}")
+    ready, refusals = {DENSE: first}, {}
+    for kernel in others:
+        found = _admit(kernel, job, gate, first)
+        if isinstance(found, Refusal):
+            refusals[kernel.name] = found
+        else:
+            ready[kernel.name] = found
+    lasting = all(refusal.lasting for refusal in refusals.values())
+    refused = {name: refusal.reason for name, refusal in refusals.items()}
+    if len(ready) == 1:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none was given"
+        return Verdict(DENSE, f"dense: no sparse kernel can run this weight ({reasons})", (), refused), lasting
+    measured = Measured(
+        _measure(ready, job),
+        {name: found.variants for name, found in ready.items()},
+        {name: found.size_bytes for name, found in ready.items()},
+        {name: found.note for name, found in ready.items()},
+    )
+    choice = choose(measured, dense_copy)
+    if len(choice.parts) > 1:
+        size = _routed_bytes(choice, job, [dense, *others], measured)
+        if isinstance(size, Refusal):
+            refused[choice.name] = size.reason
+            choice, lasting = choose(measured, routes=False), lasting and size.lasting
+        else:
+            measured = dataclasses.replace(measured, size_bytes={**measured.size_bytes, choice.name: size})
+    return _verdict(choice, measured, refused), lasting
+
+
+def _admit(kernel: Kernel, job: Job, gate: _Gate, dense: Candidate) -> Candidate | Refusal:
+    """Let a kernel start, or say why not; one that may crash is never run here before its self-test."""
     if reason := kernel.rejects(job.spec):
-        return reason
-    measures = {}
-    try:
-        prepared = kernel.prepare(job.packed, job.spec)
-        copies = _cold_copies(prepared, job.spec.device)
-        for tokens, x in job.inputs.items():
-            if wrong := _wrong(kernel.run(prepared, x, job.bias, job.activation), x, job):
-                return f"wrong result for {tokens} tokens: {wrong}"
-            calls = [_call(kernel, copy, x, job) for copy in copies]
-            measures[tokens] = job.watch.load(f"{kernel.name} {tokens}", calls)
-    except torch.OutOfMemoryError as error:
-        return f"out of memory: {_first_line(error)}"
-    except (RuntimeError, KernelError) as error:  # what PyTorch and kernels raise for what they cannot run
-        return f"failed: {_first_line(error)}"
-    return measures
+        return Refusal(reason)
+    outcome = gate.test(kernel)
+    if outcome.refused is not None:
+        return Refusal(outcome.refused, outcome.lasting)
+    return load(kernel, job, dense.measures, capture=outcome.uncapturable is None)
 
 
-def _call(kernel: Kernel, prepared: Prepared, x: Tensor, job: _Job) -> Call:
-    return lambda: kernel.run(prepared, x, job.bias, job.activation)
-
-
-def _wrong(y: Tensor, x: Tensor, job: _Job) -> str | None:
-    """Compare the first and last rows with float64: all of them would cost more than the measurement."""
-    tokens = x.shape[0]
-    if tokens > CHECKED_ROWS and y.shape[0] == tokens:
-        rows = [*range(CHECKED_ROWS // 2), *range(tokens - CHECKED_ROWS // 2, tokens)]
-        x, y = x[rows], y[rows]
-    return difference(y, x, job.weight, job.bias, job.activation)
-
-
-def _measure(entries: Mapping[str, Measures], budget: Budget, watch: Stopwatch) -> Times:
+def _measure(ready: Mapping[str, Candidate], job: Job) -> Times:
     """Measure everything once a round, kernel after kernel at each token count (A B A B ...)."""
-    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in found} for name, found in entries.items()}
-    active = list(entries)
-    start = watch.now()
+    budget, counts = job.budget, tuple(job.inputs)
+    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in counts} for name in ready}
+    active = {n: list(ready) for n in counts}
+    start = job.watch.now()
     for done in range(budget.most_rounds):
-        if done >= budget.least_rounds and watch.now() - start > budget.seconds:
+        if done >= budget.least_rounds and job.watch.now() - start > budget.seconds:
             break
         if done == budget.look_rounds:
-            active = [name for name in active if name == DENSE or not _hopeless(times, name, budget)]
-        if len(active) == 1:
+            hopeless = {name for name in ready if name != DENSE and _hopeless(times, name, counts, budget)}
+            lost = {(name, n) for name in hopeless for n in counts if _hopeless(times, name, (n,), budget)}
+            active = {n: [name for name in names if (name, n) not in lost] for n, names in active.items()}
+        if all(names == [DENSE] for names in active.values()):
             break
-        for tokens in times[DENSE]:
-            for name in active:
-                times[name][tokens].append(entries[name][tokens]())
+        for tokens, names in active.items():
+            for name in names:
+                times[name][tokens].append(ready[name].measures[tokens]())
     return times
 
 
-def _hopeless(times: Times, name: str, budget: Budget) -> bool:
-    dense, sparse = _totals(times[DENSE]), _totals(times[name])
-    return all(d < budget.hopeless * s for d, s in zip(dense, sparse, strict=True))
+def _hopeless(times: Times, name: str, counts: Sequence[int], budget: Budget) -> bool:
+    """Say whether a kernel's total over `counts` was hopeless in every round."""
+    rounds = zip(*(zip(times[DENSE][n], times[name][n], strict=True) for n in counts), strict=True)
+    return all(sum(d for d, _ in pairs) < budget.hopeless * sum(s for _, s in pairs) for pairs in rounds)
 
 
-def _totals(by_tokens: Mapping[int, Sequence[float]]) -> list[float]:
-    return [sum(measured) for measured in zip(*by_tokens.values(), strict=True)]
+def _routed_bytes(choice: Choice, job: Job, kernels: Sequence[Kernel], measured: Measured) -> int | Refusal:
+    """Check a routed kernel as it will run, on the real weight at every token count; return the bytes it keeps."""
+    by_name = {kernel.name: kernel for kernel in kernels}
+    routed = Routed(tuple((bound, by_name[name]) for bound, name in choice.parts))
+    try:
+        prepared = dataclasses.replace(routed.prepare(job.packed, job.spec), variants=_variants(choice, measured))
+        for tokens, x in job.inputs.items():
+            y = routed.run(prepared, x, job.bias, job.activation)
+            if wrong := job.expected[tokens].difference(y[checked_rows(tokens)]):
+                return Refusal(f"wrong result for {tokens} tokens: {wrong}")
+    except (RuntimeError, MemoryError, KernelError) as error:
+        lasting = not is_out_of_memory(error)
+        return Refusal(f"{'failed' if lasting else 'out of memory'}: {first_line(error)}", lasting)
+    return prepared_bytes(prepared)
 
 
-def _verdict(times: Times, tokens: tuple[int, ...], refused: Mapping[str, str]) -> Verdict:
-    measured = len(times[DENSE][tokens[0]])
-    timings = []
-    best, best_speedup, losers = "", 1.0, []
-    for name in (name for name in times if name != DENSE):
-        rows = [_timing(name, n, times) for n in dict.fromkeys(tokens)]
-        timings += rows
-        rounds = len(times[name][tokens[0]])
-        total = compare_pairs(_totals(times[DENSE])[:rounds], _totals(times[name]))
-        words = (
-            f"{name}: {total.words()}, {total.speedup:.2f}x over {_list(tokens)} tokens together, "
-            f"spread {total.spread:.0%}, {rounds} rounds{' (given up early)' if rounds < measured else ''}"
-        )
-        if lost := [row for row in rows if row.verdict.startswith("slower")]:
-            words += f"; slower at {', '.join(f'{row.tokens} ({row.speedup:.2f}x)' for row in lost)}"
-        if total.words() == "faster" and total.speedup > best_speedup:
-            best, best_speedup = name, total.speedup
-            reason = words
-        losers.append(words)
-    if best:
-        return Verdict(best, reason, tuple(timings), refused, measured)
-    return Verdict(DENSE, f"dense: {'; '.join(losers)}", tuple(timings), refused, measured)
+def _verdict(choice: Choice, measured: Measured, refused: Mapping[str, str]) -> Verdict:
+    rows = [timing(name, n, measured) for name in measured.times if name != DENSE for n in measured.tokens]
+    if len(choice.parts) > 1:
+        rows += [timing(runs(choice.parts, n), n, measured, choice.name) for n in measured.tokens]
+    return Verdict(
+        kernel=choice.name,
+        reason=choice.reason,
+        timings=tuple(rows),
+        refused=refused,
+        rounds=len(measured.totals(single(DENSE))),
+        variants=_variants(choice, measured),
+        size_bytes=measured.size_bytes,
+    )
 
 
-def _timing(name: str, tokens: int, times: Times) -> KernelTiming:
-    sparse = times[name][tokens]
-    dense = times[DENSE][tokens][: len(sparse)]
-    pair = compare_pairs(dense, sparse)
-    words = f"{pair.words()}: {pair.speedup:.2f}x, spread {pair.spread:.0%}"
-    time_us, dense_us = statistics.median(sparse), statistics.median(dense)
-    return KernelTiming(name, tokens, time_us, dense_us, pair.spread, pair.speedup, words)
-
-
-def _inputs(spec: MatmulSpec) -> dict[int, Tensor]:
-    """Draw the inputs on the CPU from a fixed seed, so that all machines tune on the same numbers."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        tokens: torch.randn(tokens, spec.in_, generator=generator).to(spec.device, spec.dtype)
-        for tokens in dict.fromkeys(spec.tokens)
-    }
-
-
-def _cold_copies(prepared: Prepared, device: torch.device) -> list[Prepared]:
-    """Return enough copies of a weight that one round of them does not fit the L2 cache twice; on a CPU just one."""
-    if device.type != "cuda":
-        return [prepared]
-    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    size = sum(t.numel() * t.element_size() for t in prepared.tensors)
-    count = min(MOST_COPIES, max(1, math.ceil(2 * cache / max(size, 1))))
-    clones = [tuple(t.clone() for t in prepared.tensors) for _ in range(count - 1)]
-    return [prepared, *(Prepared(prepared.kernel, prepared.shape, tensors) for tensors in clones)]
-
-
-def _list(tokens: tuple[int, ...]) -> str:
-    return ", ".join(str(n) for n in dict.fromkeys(tokens))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _variants(choice: Choice, measured: Measured) -> str:
+    return write_variants({n: measured.variants[runs(choice.parts, n)][n] for n in measured.tokens})

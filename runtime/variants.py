@@ -6,12 +6,17 @@ from collections.abc import Mapping
 
 from sparsify_compiler.errors import KernelError
 
-_ENTRY = re.compile(r"(\d+)=([\w.\-]+)")
+_ENTRY = re.compile(r"(\d+)=([\w.\-]*)")
 
 
 def write_variants(chosen: Mapping[int, str]) -> str:
-    """Write the variant chosen for each token count; entries without a name ("") are left out."""
-    return ";".join(f"{tokens}={name}" for tokens, name in sorted(chosen.items()) if name)
+    """Write the variant chosen for each token count: "" where no entry has a name.
+
+    Beside named entries one without a name ("1=;64=rows2") says that the kernel chooses at those counts.
+    """
+    if not any(chosen.values()):
+        return ""
+    return ";".join(f"{tokens}={name}" for tokens, name in sorted(chosen.items()))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,8 @@ Status = Literal["pruned", "dense", "refused"]
 class Timing:
     """One candidate kernel at one token count: medians in microseconds, relative spread (IQR / median), the gain.
 
-    `speedup` is dense time / this kernel's time in the same run. `verdict` says in words who won and why.
+    `speedup` is dense time / this kernel's time in the same run. `verdict` says in words who won and why. `variant` is
+    the kernel's variant that was measured, "" its own choice.
     """
 
     kernel: str
@@ -23,6 +24,7 @@ class Timing:
     spread: float
     speedup: float
     verdict: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class SiteReport:
     """One site. `loss_*` are per token and None without a Gram matrix; `relative_error` is loss / ‖XWᵀ‖².
 
     `kernel` is what the torch module runs ("dense" where dense won); `refused_kernels` maps each other kernel to its
-    reason; `damp` is the largest ridge that was needed, as a share of the Gram's mean diagonal.
+    reason; `variants` is what the kernel was told by token count and `kernel_bytes` what each candidate keeps for the
+    weight; `damp` is the largest ridge that was needed, as a share of the Gram's mean diagonal.
     """
 
     name: str
@@ -55,6 +58,8 @@ class SiteReport:
     packed_bytes: int = 0
     onnx: str = ""
     notes: tuple[str, ...] = ()
+    variants: str = ""
+    kernel_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,24 +26,26 @@ from sparsify_compiler.runtime.formats import format_for, kept_entries, unpack
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "sparsify.json"
-VERSION = 1
+VERSION = 2
+"""2 added the kernels' variants; files of 1 are read without."""
 
 _TABLE = {"model": dict, "device": str, "tokens": [int], "aliases": {"": str}, "sites": {"": dict}}
 _SITE = {"kind": str, "parameters": [str], "shape": [int], "pattern": str, "packed": str, "tensors": [str]}
-_SITE |= {"run": int, "groups": int, "kernel": str, "calls": int}
+_SITE |= {"run": int, "groups": int, "kernel": str, "variants": str, "calls": int}
 _MATMUL = {"transposed": bool, "input_axis": int}
 _CONV = {"kernel_size": [int], "stride": [int], "padding": [[int]], "dilation": [int]}
 
 
 @dataclass(frozen=True)
 class PrunedSite:
-    """A pruned site as the artefact keeps it. `keep` is (groups, out, in) bool; `kernel` what the module runs."""
+    """A pruned site as the artefact keeps it. `keep` is (groups, out, in) bool; `kernel`, `variants` what runs it."""
 
     site: Site
     pattern: str
     keep: Tensor
     parameters: tuple[str, ...]
     kernel: str = "dense"
+    variants: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def read_artefact(folder: Path) -> Artefact:
     _check(table, _TABLE, str(folder / DESCRIPTION))
     sites, packed = [], {}
     for name, entry in table["sites"].items():
+        if table["version"] < 2:
+            entry["variants"] = ""
         site, weight, native = _read_site(f"{folder / DESCRIPTION}, site {name!r}", name, entry, tensors)
         sites.append(site)
         packed[name] = weight
@@ -196,6 +200,7 @@ def _describe_site(site: PrunedSite, packed: Packed) -> dict[str, Any]:
         "run": site.site.run,
         "groups": site.site.groups,
         "kernel": site.kernel,
+        "variants": site.variants,
         "calls": site.site.calls,
     }
     if isinstance(layout, MatmulLayout):
@@ -223,7 +228,8 @@ def _read_site(
         raise ModelError(f"{where} lacks its tensor {error}; compile it again") from None
     except (IndexError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise ModelError(f"{where}: its numbers contradict each other ({error}); compile it again") from None
-    return PrunedSite(site, entry["pattern"], keep, tuple(entry["parameters"]), entry["kernel"]), packed, native
+    parameters, kernel, variants = tuple(entry["parameters"]), entry["kernel"], entry["variants"]
+    return PrunedSite(site, entry["pattern"], keep, parameters, kernel, variants), packed, native
 
 
 def _site(name: str, entry: Mapping[str, Any]) -> Site:

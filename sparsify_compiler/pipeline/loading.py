@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.export.torch import Artefact
-from sparsify_compiler.passes.lower import lower, lowerable
+from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.job import device_name
 from sparsify_compiler.pipeline.tuning import Tuner
@@ -32,11 +32,16 @@ def put_kernels(module: nn.Module, artefact: Artefact) -> str:
         )
     found = {site.site.name: lowerable(module, site.site, site.keep) for site in sparse}
     parts = {name: part for name, part in found.items() if not isinstance(part, str)}
-    patterns = {site.site.name: parse_pattern(site.pattern) for site in sparse}
+    by_name = {site.site.name: site for site in sparse}
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     tuner = Tuner(artefact.tokens, dtype, here)
     chosen = {site.site.name: site.kernel for site in sparse if site.site.name in parts}
-    lower(module, chosen, parts, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+
+    def build(part: Lowerable, kernel: str) -> nn.Module:
+        site = by_name[part.site.name]
+        return tuner.build(part, parse_pattern(site.pattern), kernel, site.variants)
+
+    lower(module, chosen, parts, build)
     refused = {name: part for name, part in found.items() if isinstance(part, str)}
     if not refused:
         return ""

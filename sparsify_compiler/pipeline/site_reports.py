@@ -8,7 +8,7 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.tuning import timings
 from sparsify_compiler.plan import Decision
-from sparsify_compiler.runtime.tune import Verdict
+from sparsify_compiler.runtime.verdicts import Verdict
 
 
 def site_reports(
@@ -67,6 +67,8 @@ def site_reports(
                 packed_bytes=packed[site.name].size_bytes() if site.name in packed else size,
                 onnx=forms.get(site.name, ""),
                 notes=outcome.notes,
+                variants=verdict.variants if verdict else "",
+                kernel_bytes=verdict.size_bytes if verdict else {},
             )
         )
     return tuple(rows)

@@ -1,6 +1,7 @@
 """Compile a torch module: trace, prune, re-estimate, export, verify, lower. The input module stays as it was."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
 from sparsify_compiler.pipeline.tuning import Tuner, words
 from sparsify_compiler.plan import Decision
-from sparsify_compiler.runtime.tune import Verdict
+from sparsify_compiler.runtime.verdicts import Verdict
 from sparsify_compiler.sources.describe import describe
 
 
@@ -65,8 +66,12 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
     _move(pruned.module, device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
     tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device)
-    patterns = {name: parse_pattern(site.pattern) for name, site in pruned.sites.items()}
-    lower(pruned.module, chosen, parts, lambda part, kernel: tuner.build(part, patterns[part.site.name], kernel))
+
+    def build(part: Lowerable, kernel: str) -> nn.Module:
+        name = part.site.name
+        return tuner.build(part, parse_pattern(pruned.sites[name].pattern), kernel, verdicts[name].variants)
+
+    lower(pruned.module, chosen, parts, build)
     sites = site_reports(pruned.decisions, pruned.outcomes, verdicts, why_dense, packed, forms, job.options)
     return pruned.module, job.report(sites, quality, files, verification)
 
@@ -154,20 +159,12 @@ def _folded_batchnorm(module: nn.Module) -> bool:
 def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lowerable], dict[str, str]]:
     """Tune every site that could run sparse; the rest with the reason why not."""
     device = job.options.torch_device()
-    tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device, job.progress)
-    verdicts: dict[str, Verdict] = {}
-    parts: dict[str, Lowerable] = {}
-    why_dense: dict[str, str] = {}
-    with job.stage("tune"):
-        for number, (name, site) in enumerate(pruned.sites.items()):
-            job.progress("tune", number, len(pruned.sites))
-            part = lowerable(pruned.module, site.site, site.keep)
-            if isinstance(part, str):
-                why_dense[name] = part
-                continue
-            parts[name] = part
-            verdicts[name] = tuner.verdict(part, parse_pattern(site.pattern))
-        job.progress("tune", len(pruned.sites), len(pruned.sites))
+    found = {name: lowerable(pruned.module, site.site, site.keep) for name, site in pruned.sites.items()}
+    why_dense = {name: part for name, part in found.items() if isinstance(part, str)}
+    parts = {name: part for name, part in found.items() if not isinstance(part, str)}
+    patterns = {name: parse_pattern(pruned.sites[name].pattern) for name in parts}
+    with job.stage("tune"), Tuner(job.options.tokens, job.options.torch_dtype(), device, job.progress) as tuner:
+        verdicts = tuner.verdicts(parts, patterns)
     dense = [name for name, verdict in verdicts.items() if verdict.kernel == "dense"] + list(why_dense)
     if job.options.require_sparse and dense:
         first = why_dense.get(dense[0]) or verdicts[dense[0]].reason
@@ -187,9 +184,10 @@ def _write(
     if job.workspace is None:
         return {}, [], None, {}
     folder = job.workspace.files
-    kernels = {name: verdict.kernel for name, verdict in verdicts.items()}
     sites = tuple(
-        PrunedSite(site.site, site.pattern, site.keep, site.parameters, kernels.get(name, "dense"))
+        dataclasses.replace(site, kernel=verdicts[name].kernel, variants=verdicts[name].variants)
+        if name in verdicts
+        else site
         for name, site in pruned.sites.items()
     )
     state = pruned.module.state_dict()

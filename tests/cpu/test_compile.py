@@ -148,7 +148,7 @@ def test_a_half_precision_model_is_written_in_half_precision(tmp_path: Path) -> 
     assert report.verification is not None
     assert report.verification.ran
     table = json.loads((tmp_path / "out" / "sparsify.json").read_text())
-    assert table["version"] == 1
+    assert table["version"] == 2
 
 
 def test_a_model_without_a_prunable_site_writes_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.timing import Comparison, CpuStopwatch, compare_pairs, spread
+from sparsify_compiler.runtime.timing import Comparison, CpuStopwatch, Measure, compare_pairs, spread
 from sparsify_compiler.runtime.tune import Budget, Verdict, spec_key, tune
 
 
@@ -29,6 +29,9 @@ class Fake:
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         return self.refusal
+
+    def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
+        return ("",)
 
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
         return Prepared(self.name, packed.shape, (unpack(packed),))
@@ -53,7 +56,7 @@ class Script:
     order: list[str] = field(default_factory=list)
     spent: float = 0.0
 
-    def load(self, label: str, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    def load(self, label: str, calls: Sequence[Callable[[], object]], capture: bool = True) -> Measure:
         kernel, tokens = label.rsplit(" ", 1)
         script = self.times[kernel, int(tokens)]
         following = itertools.cycle(script)
@@ -64,7 +67,7 @@ class Script:
             self.spent += value / 1e6
             return value
 
-        return measure
+        return Measure(measure)
 
     def now(self) -> float:
         return self.spent
