@@ -7,7 +7,15 @@ compiled, report = compile(model, batches, recipe=recipe)
 """
 
 from sparsify_compiler.api import Heldout, Options, compile, evaluate, export, inspect, load, run
-from sparsify_compiler.api_bench import BenchReport, DecodeChoice, RandomLayers, bench, bench_decoder, bench_layers
+from sparsify_compiler.api_bench import (
+    BenchReport,
+    DecodeChoice,
+    RandomLayers,
+    bench,
+    bench_decoder,
+    bench_layers,
+    bench_sites,
+)
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.passes.prune.magnitude import Magnitude
@@ -37,6 +45,7 @@ __all__ = [
     "bench",
     "bench_decoder",
     "bench_layers",
+    "bench_sites",
     "compile",
     "evaluate",
     "export",

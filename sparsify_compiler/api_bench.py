@@ -1,13 +1,16 @@
 """The public functions that time things: models, single layers, a decoder of real size."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparsify_compiler.api import Model, open_source, random_batches
 from sparsify_compiler.batches import Batch
+from sparsify_compiler.export.torch import read_artefact
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.pipeline.bench_random import (
     DecodeChoice,
     RandomLayers,
+    bench_packed_layers,
     bench_random_decoder,
     bench_random_layers,
 )
@@ -17,6 +20,7 @@ from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.bench_report import BenchReport
 
 __all__ = ["BenchReport", "DecodeChoice", "RandomLayers", "bench", "bench_decoder", "bench_layers"]
+__all__ += ["bench_sites"]
 
 
 def bench(
@@ -54,6 +58,18 @@ def bench_layers(asked: RandomLayers, *, device: str = "auto", progress: Progres
         SparsifyError: a pattern does not fit a shape, or needs a sparsity.
     """
     return bench_random_layers(asked, Options(device=device).torch_device(), progress)
+
+
+def bench_sites(
+    folder: Path | str, tokens: Sequence[int] = (1, 16, 512), *, device: str = "auto", progress: Progress = silent
+) -> BenchReport:
+    """Time every kernel on the distinct pruned layers of a folder that `compile` wrote.
+
+    Raises:
+        SparsifyError: not such a folder, or nothing in it was pruned.
+    """
+    packed = read_artefact(Path(folder)).packed
+    return bench_packed_layers(packed, tuple(tokens), Options(device=device).torch_device(), progress)
 
 
 def bench_decoder(

@@ -1,13 +1,21 @@
 """The verb `bench`: whole models, single layers with random weights, or a decoder of real size."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sparsify_compiler.api_bench import BenchReport, DecodeChoice, RandomLayers, bench_decoder, bench_layers
+from sparsify_compiler.api_bench import (
+    BenchReport,
+    DecodeChoice,
+    RandomLayers,
+    bench_decoder,
+    bench_layers,
+    bench_sites,
+)
 from sparsify_compiler.cli import options as opt
 from sparsify_compiler.cli.bench_tables import draw_bench
 from sparsify_compiler.cli.guard import guard
@@ -16,8 +24,9 @@ from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.cli.requests import BenchRequest, DataChoice
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.bench_html import bench_html
-from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pattern import Pattern, parse_pattern
 from sparsify_compiler.pipeline.options import DTYPES, Options
+from sparsify_compiler.progress import Progress
 from sparsify_compiler.runtime.bench import plot as plot_rows
 
 Models = Annotated[
@@ -40,7 +49,9 @@ Lengths = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(help="Single layers with random weights instead of models: out x in, as in 14336x4096,4096x4096."),
+    typer.Option(
+        help="Single layers instead of models: random weights out x in, as in 14336x4096,4096x4096, or those of OUT/."
+    ),
 ]
 Config = Annotated[
     str | None,
@@ -98,16 +109,14 @@ def bench_verb(
     with guard(debug):
         _check_request(models, layers, config, plot)
         samples, lengths = _counts(batch_size, "--batch-size"), _counts(sequence_length, "--sequence-length")
-        batch, patterns = max(samples, default=1), [parse_pattern(text) for text in pattern.split(",")]
-        kind = DTYPES[dtype or _usual_dtype(device)]
+        batch, kind = max(samples, default=1), DTYPES[dtype or _usual_dtype(device)]
         with draw_progress(Console(stderr=True)) as progress:
             if layers is not None:
-                shapes, rows = [_shape(text) for text in layers.split(",")], opt.token_counts(tokens)
-                asked = RandomLayers(tuple(shapes), tuple(patterns), sparsity, rows, kind, seed)
-                report = bench_layers(asked, device=device, progress=progress)
+                asked = RandomLayers((), _patterns(pattern), sparsity, opt.token_counts(tokens), kind, seed)
+                report = _time_layers(layers, asked, device, progress)
             elif config is not None:
                 what = DecodeChoice(sparsity, kind, device, batch, context, depth, repeats, compiled, seed)
-                report = bench_decoder(config, patterns[0], what, progress)
+                report = bench_decoder(config, _patterns(pattern)[0], what, progress)
             else:
                 choice = DataChoice(batch, max(lengths, default=None), batch, preprocess, seed)
                 names = tuple(models or ())
@@ -122,6 +131,17 @@ def _check_request(models: list[str] | None, layers: str | None, config: str | N
         raise DataError(f"bench times MODELs, --layers or --config; found {' and '.join(chosen) or 'none of them'}")
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise DataError(f"--plot {str(plot)!r}: cannot draw {plot.suffix or 'that'}; choose a .png or .svg file")
+
+
+def _time_layers(layers: str, asked: RandomLayers, device: str, progress: Progress) -> BenchReport:
+    if Path(layers).is_dir():
+        return bench_sites(layers, asked.tokens, device=device, progress=progress)
+    shapes = tuple(_shape(text) for text in layers.split(","))
+    return bench_layers(replace(asked, shapes=shapes), device=device, progress=progress)
+
+
+def _patterns(text: str) -> tuple[Pattern, ...]:
+    return tuple(parse_pattern(part) for part in text.split(","))
 
 
 def _show(report: BenchReport, json_file: Path | None, html: Path | None, plot: Path | None) -> None:
@@ -151,5 +171,5 @@ def _counts(text: str | None, option: str) -> tuple[int, ...]:
 def _shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", text)
     if match is None:
-        raise DataError(f"--layers {text!r}: write out x in, as in 14336x4096, with commas between several")
+        raise DataError(f"--layers {text!r}: write out x in, as in 14336x4096, with commas, or a compiled folder")
     return int(match[1]), int(match[2])

@@ -70,8 +70,8 @@ def _layer(layer: LayerBench, width: int) -> Iterable[RenderableType]:
             Column("weight", [_plain(size(row.weight_bytes)) for row in rows], rank=3, right=True),
         ]
         first = rows[0]
-        title = f"{first.shape[0]}x{first.shape[1]} {first.pattern}, density {first.density:.3g}, {first.dtype}"
-        yield from table(title, columns, width, "--json")
+        what = f"{first.shape[0]}x{first.shape[1]} {first.pattern}, density {first.density:.3g}, {first.dtype}"
+        yield from table(f"{printable(first.layer)}: {what}", columns, width, "--json")
     yield bullet(_plain(f"would run: {layer.chosen}"))
     for name, reason in layer.refused:
         yield bullet(_plain(f"{name} cannot run it: {reason}"))

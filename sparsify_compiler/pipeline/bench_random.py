@@ -1,9 +1,12 @@
-"""Benchmarks that need no model: single layers and whole decoders with random weights pruned to a pattern."""
+"""Benchmarks of single layers, and of whole decoders with random weights pruned to a pattern."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
@@ -12,9 +15,12 @@ from sparsify_compiler.runtime.bench_layers import bench_layer, random_layer
 from sparsify_compiler.runtime.bench_report import BenchReport
 from sparsify_compiler.runtime.ceilings import measure_ceilings
 from sparsify_compiler.runtime.decoder import read_config
-from sparsify_compiler.runtime.kernels import kernels
+from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.machine import describe_machine
 from sparsify_compiler.runtime.tune import Budget, Verdict, tune
+
+SECONDS = 1.0
+"""How long each layer is measured at each token count."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,6 @@ class RandomLayers:
     tokens: tuple[int, ...] = (1,)
     dtype: torch.dtype = torch.float16
     seed: int = 0
-    seconds: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,22 +53,43 @@ class DecodeChoice:
 def bench_random_layers(asked: RandomLayers, device: torch.device, progress: Progress = silent) -> BenchReport:
     """Time every kernel on every layer asked for, beside dense and the machine's limit."""
     ceilings = measure_ceilings(device, asked.dtype)
-    budget = Budget(seconds=asked.seconds)
-
-    def tune_one(packed: Packed, spec: MatmulSpec) -> Verdict:
-        return tune(packed, spec, kernels(), budget=budget)
-
     layers = []
     wanted = [(shape, pattern) for shape in asked.shapes for pattern in asked.patterns]
     for done, (shape, pattern) in enumerate(wanted):
         progress("bench", done, len(wanted))
         packed = random_layer(shape, pattern, asked.sparsity, asked.dtype, device, asked.seed)
-        label = f"{shape[0]}x{shape[1]} {pattern}"
-        if pattern.fixed_sparsity() is None:
-            label += f" {asked.sparsity}"
-        layers.append(bench_layer(label, packed, asked.tokens, device, ceilings, tune_one))
+        layers.append(bench_layer("random", packed, asked.tokens, device, ceilings, _tune_one))
     progress("bench", len(wanted), len(wanted))
     return BenchReport(describe_machine(device), "random weights and inputs", ceilings, (), tuple(layers))
+
+
+def bench_packed_layers(
+    packed: Mapping[str, Packed], tokens: tuple[int, ...], device: torch.device, progress: Progress = silent
+) -> BenchReport:
+    """Time every kernel on the distinct ones of `packed` weights by name: shape, pattern and density to 1 %.
+
+    Raises:
+        DataError: there is no weight.
+    """
+    distinct: dict[Hashable, tuple[str, Packed]] = {}
+    counts: Counter[Hashable] = Counter()
+    for name, weight in packed.items():
+        spec = spec_for(weight, tokens, device)
+        key: Hashable = (weight.shape, str(weight.pattern), round(spec.density, 2), spec.dtype)
+        distinct.setdefault(key, (name, weight))
+        counts[key] += 1
+    if not distinct:
+        raise DataError("no pruned layer to time; give a folder in which compile pruned something")
+    dtype = next(iter(packed.values())).tensors["values"].dtype
+    ceilings = measure_ceilings(device, dtype)
+    layers = []
+    for done, (key, (name, weight)) in enumerate(distinct.items()):
+        progress("bench", done, len(distinct))
+        here = replace(weight, tensors={part: tensor.to(device) for part, tensor in weight.tensors.items()})
+        label = name if counts[key] == 1 else f"{name} and {counts[key] - 1} like it"
+        layers.append(bench_layer(label, here, tokens, device, ceilings, _tune_one))
+    progress("bench", len(distinct), len(distinct))
+    return BenchReport(describe_machine(device), "the pruned weights, random inputs", ceilings, (), tuple(layers))
 
 
 def bench_random_decoder(
@@ -82,10 +108,11 @@ def bench_random_decoder(
         seed=choice.seed,
     )
 
-    def tune_one(packed: Packed, spec: MatmulSpec) -> Verdict:
-        return tune(packed, spec, kernels(), budget=Budget(seconds=1.0))
-
-    found = bench_decode(case, tune_one, choice.repeats, choice.compiled, progress)
+    found = bench_decode(case, _tune_one, choice.repeats, choice.compiled, progress)
     chosen = tuple(f"{name}: {verdict.kernel} ({verdict.reason})" for name, verdict in found.verdicts)
     inputs = f"{config}, {pattern}, random weights, batch {choice.batch}, context {choice.context}"
     return BenchReport(describe_machine(device), inputs, None, found.rows, (), (*chosen, *found.notes))
+
+
+def _tune_one(packed: Packed, spec: MatmulSpec) -> Verdict:
+    return tune(packed, spec, kernels(), budget=Budget(seconds=SECONDS))

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from sparsify_compiler.errors import DataError, ModelError
+from sparsify_compiler.pattern import NM, Unstructured
+from sparsify_compiler.pipeline.bench_random import bench_packed_layers
 from sparsify_compiler.pipeline.benching import Bencher, Case, bench_sources, cases, decode_step, resized
+from sparsify_compiler.runtime.bench_layers import random_layer
 from sparsify_compiler.sources.models import Source, module_source
 
 CPU = torch.device("cpu")
@@ -33,7 +36,9 @@ def test_a_sweep_has_every_combination_and_counts_its_tokens() -> None:
         ("batch 1, 5 tokens, then one token", 1),
     ]
     assert len(found) == 8
-    assert [(case.name, case.tokens()) for case in cases(torch.zeros(2, 4), (), (), False)] == [("input 0 (2, 4)", None)]
+    assert [(case.name, case.tokens()) for case in cases(torch.zeros(2, 4), (), (), False)] == [
+        ("input 0 (2, 4)", None)
+    ]
 
 
 def test_one_more_token_costs_what_the_whole_sequence_would_say() -> None:
@@ -75,6 +80,18 @@ def test_every_model_and_case_gets_a_row_and_modules_stay_in_their_mode() -> Non
     assert dict(report.machine)["device"] == "cpu"
     assert first.training
     assert not second.training
+
+
+def test_alike_layers_of_a_folder_are_timed_once() -> None:
+    packed = {
+        "a": random_layer((16, 8), NM(2, 4), None, torch.float32, CPU, 0),
+        "b": random_layer((16, 8), NM(2, 4), None, torch.float32, CPU, 1),
+        "c": random_layer((16, 8), Unstructured(), 0.9, torch.float32, CPU, 2),
+    }
+    found = bench_packed_layers(packed, (1,), CPU)
+    assert [layer.rows[0].layer for layer in found.layers] == ["a and 1 like it", "c"]
+    with pytest.raises(DataError, match="no pruned layer"):
+        bench_packed_layers({}, (1,), CPU)
 
 
 def test_models_of_one_name_are_told_apart() -> None:

@@ -65,7 +65,7 @@ def test_bench_times_layers_with_random_weights(tmp_path: Path) -> None:
     )
     status, said, _ = invoke("bench", "--layers", "64x32", *asked, "--device", "cpu")
     assert status == 0
-    assert "64x32 2:4, density 0.5, float32" in said
+    assert "random: 64x32 2:4, density 0.5, float32" in said
     found = bench_report_from_json((tmp_path / "b.json").read_text())
     assert [(layer.rows[0].pattern, {row.tokens for row in layer.rows}) for layer in found.layers] == [
         ("2:4", {1, 3}),
