@@ -1,5 +1,7 @@
 """The kernels of this release, and the specification of a product from a packed weight."""
 
+import functools
+
 import torch
 
 from sparsify_compiler.errors import KernelError
@@ -14,8 +16,9 @@ def kernels() -> tuple[Kernel, ...]:
     return (Dense(), TorchCsr())
 
 
+@functools.lru_cache(maxsize=256)
 def kernel_named(name: str) -> Kernel:
-    """Return the kernel that reports call `name`.
+    """Return the kernel that reports call `name`; the same object every time, for eager calls find it by name.
 
     Raises:
         KernelError: there is none in this version.
@@ -27,8 +30,12 @@ def kernel_named(name: str) -> Kernel:
     raise KernelError(f"kernel {name!r}: this version has {known}; compile the model again with this version")
 
 
-def spec_for(packed: Packed, tokens: tuple[int, ...], device: torch.device | None = None) -> MatmulSpec:
+def spec_for(
+    packed: Packed, tokens: tuple[int, ...], device: torch.device | None = None, run: int | None = None
+) -> MatmulSpec:
     """Describe the product with a packed weight for kernels, on `device` (None: where its values are).
+
+    `run` is the pattern's, as the weight was packed with; see `MatmulSpec`.
 
     Raises:
         KernelError: the packed tensors are missing, misshapen or contradict each other.
@@ -37,7 +44,7 @@ def spec_for(packed: Packed, tokens: tuple[int, ...], device: torch.device | Non
     keep, values = kept_entries(packed)
     device = device or values.device
     density = float(keep.sum()) / max(out * in_, 1)
-    return MatmulSpec(out, in_, values.dtype, packed.pattern, density, tokens, device, capability(device))
+    return MatmulSpec(out, in_, values.dtype, packed.pattern, density, tokens, device, capability(device), run)
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

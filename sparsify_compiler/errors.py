@@ -47,3 +47,7 @@ class VerificationError(ExportError):
 
 class TrustError(SparsifyError):
     """An input that would run code, given without `trust`."""
+
+
+class FallbackWarning(UserWarning):
+    """A sparse layer that runs dense where it was moved to, because its kernel cannot run there."""

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import FallbackWarning, KernelError
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels
-from sparsify_compiler.runtime.modules import SparseLinear, sparse_linear
+from sparsify_compiler.runtime.modules import Running, SparseLinear
+from sparsify_compiler.runtime.operator import sparse_linear
 from sparsify_compiler.runtime.oracle import difference
 
 NAMES = [kernel.name for kernel in KERNELS]
@@ -152,17 +153,25 @@ def test_a_layer_on_the_meta_device_runs_once_its_data_is_assigned() -> None:
     assert close(empty(x), x, dense)
 
 
-def test_a_moved_layer_is_prepared_again_or_says_why_it_cannot_run() -> None:
+def test_a_moved_layer_is_prepared_again_and_runs_dense_with_a_warning_where_its_kernel_cannot() -> None:
     sparse, dense = layer("torch_csr")
     x = torch.randn(4, 16)
     assert close(sparse.double()(x.double()), x.double(), dense.double())
-    half = sparse.half()
-    with pytest.raises(KernelError, match=r"'torch_csr' cannot run \(24, 16\) torch.float16 on cpu: PyTorch has no"):
-        half(x.half())
-    half.kernel = "dense"
-    half.prepare()
-    assert half(x.half()).dtype == torch.float16
+    with pytest.warns(
+        FallbackWarning, match=r"'torch_csr' cannot run 2:4 torch.float16 on cpu: PyTorch has no"
+    ) as seen:
+        half = sparse.half()
+    assert len(seen) == 1
+    assert half.running == Running("dense", half.running.reason)
+    assert "no torch.float16 CSR product" in half.running.reason
+    assert "kernel=torch_csr, running=dense (kernel 'torch_csr' cannot run" in repr(half)
+    with torch.no_grad():
+        assert close(half(x.half()), x.half(), dense.half())
     assert [name for name, _ in half.named_buffers() if name.startswith("prepared")] == ["prepared_0"]
+    back = half.float()  # and takes its kernel up again, without a word
+    assert back.running == Running("torch_csr")
+    assert "running" not in repr(back)
+    assert close(back(x), x, dense.float())
 
 
 def test_a_deep_copy_shares_nothing() -> None:
