@@ -4,6 +4,10 @@
 // batch that adds to them is left. So a slot or a register used again too early, a missing wait and a missing fence show.
 #pragma once
 
+#ifndef CLUSTER
+#define CLUSTER 1  // blocks of a cluster, all along x
+#endif
+
 namespace emulator {
 
 struct Product {
@@ -167,3 +171,114 @@ struct SparseProduct {
     emulator::begin(d, N, Selector, &a, &places, b, line);
   }
 };
+
+template <int Count>
+inline void give_registers() {}
+template <int Count>
+inline void take_registers() {}
+
+// ---- barriers and runs of bytes -------------------------------------------------------------------------------------
+
+namespace emulator {
+
+struct Barrier {  // its 8 bytes of shared memory
+  int bytes;      // expected and not yet copied; negative where copies came first
+  u16 phase;      // phases that have ended
+  u8 left, arrivals;
+};
+
+struct Run {  // a copy under way: done when a thread waits for its barrier, as late as the hardware may
+  u8* to;
+  const u8* from;
+  int bytes;
+  Barrier* barrier;
+};
+
+struct Runs {
+  int count;
+  Run under_way[1024];
+};
+
+static Runs* runs() {
+  static Runs all;
+  return &all;
+}
+
+inline void advance(Barrier* barrier) {
+  if (barrier->left == 0 && barrier->bytes == 0) barrier->phase++, barrier->left = barrier->arrivals;
+}
+
+inline void arrive(Barrier* barrier, int bytes) {
+  if (barrier->left == 0) fail("a barrier of %d arrivals has one more in a phase", barrier->arrivals);
+  barrier->left--, barrier->bytes += bytes;
+  advance(barrier);
+}
+
+inline void land(Barrier* barrier) {
+  Runs* all = runs();
+  int kept = 0;
+  for (int i = 0; i < all->count; i++) {
+    const Run run = all->under_way[i];
+    if (run.barrier != barrier) {
+      all->under_way[kept++] = run;
+      continue;
+    }
+    __builtin_memcpy(run.to, run.from, run.bytes);
+    barrier->bytes -= run.bytes;
+  }
+  all->count = kept;
+  advance(barrier);
+}
+
+struct BarrierWait {
+  Barrier* barrier;
+  int phase;
+};
+
+inline bool phase_ended(void* context) {
+  const BarrierWait* wait = (const BarrierWait*)context;
+  land(wait->barrier);
+  const int ended = wait->barrier->phase - wait->phase;
+  if (ended < 0 || ended > 1) fail("wait_barrier: phase %d, but %d have ended: parity cannot tell", wait->phase, wait->barrier->phase);
+  return ended == 1;
+}
+
+inline Barrier* barrier_at(u32 address, u32 rank, const char* who) {
+  return (Barrier*)cluster_place(address, sizeof(Barrier), 8, rank, who);
+}
+
+inline void copy_run(u32 shared, const void* global, int bytes, u32 barrier, u32 rank) {
+  u8* const to = cluster_place(shared, (u32)bytes, 16, rank, "copy_run");
+  const u8* const from = (const u8*)global;
+  check_aligned(global, 16, "copy_run");
+  if (bytes <= 0 || bytes % 16 != 0) fail("copy_run: %d bytes", bytes);
+  for (int i = 0; i < bytes; i += 15) (void)*(const volatile u8*)(from + i);  // traps here, at the copy at fault
+  __builtin_memset(to, 0xff, (size_t)bytes);
+  if (runs()->count == 1024) fail("copy_run: more than 1024 copies under way");
+  runs()->under_way[runs()->count++] = {to, from, bytes, barrier_at(barrier, rank, "copy_run")};
+}
+
+}  // namespace emulator
+
+inline void start_barrier(u32 barrier, int arrivals) {
+  emulator::Barrier* own = (emulator::Barrier*)emulator::shared_place(barrier, 8, 8, "start_barrier");
+  *own = {0, 0, (u8)arrivals, (u8)arrivals};
+  emulator::Runs* all = emulator::runs();
+  for (int i = all->count; i-- > 0;)  // left by a launch that failed
+    if (all->under_way[i].barrier == own) all->under_way[i] = all->under_way[--all->count];
+}
+inline void expect_bytes(u32 barrier, int bytes) {
+  emulator::arrive((emulator::Barrier*)emulator::shared_place(barrier, 8, 8, "expect_bytes"), bytes);
+}
+inline void arrive_at(u32 barrier, u32 rank) { emulator::arrive(emulator::barrier_at(barrier, rank, "arrive_at"), 0); }
+inline void wait_barrier(u32 barrier, int phase, int line = __builtin_LINE()) {
+  emulator::BarrierWait wait = {(emulator::Barrier*)emulator::shared_place(barrier, 8, 8, "wait_barrier"), phase};
+  emulator::wait_until("wait_barrier", line, emulator::phase_ended, &wait);
+}
+inline void copy_run(u32 shared, const void* global, int bytes, u32 barrier) {
+  emulator::copy_run(shared, global, bytes, barrier, emulator::here->block.x % CLUSTER);
+}
+inline void copy_run_to_all(u32 shared, const void* global, int bytes, u32 barrier, u32 blocks) {
+  for (u32 rank = 0; rank < CLUSTER; rank++)
+    if ((blocks >> rank) & 1) emulator::copy_run(shared, global, bytes, barrier, rank);
+}

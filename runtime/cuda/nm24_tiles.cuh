@@ -1,0 +1,78 @@
+// What the 2:4 kernels on sparse warpgroup products share: a block of WARPGROUPS * TILES * 64 rows x TOKENS tokens.
+// Included after ptx.cuh, wgmma.cuh and epilogue.cuh. Threads past 128 * WARPGROUPS take no part.
+#pragma once
+
+#define ROWS (64 * WARPGROUPS * TILES)
+// Bytes of 16 rows x 64 columns of weights in the order of runtime/fragments.py, and of 64 columns of x.
+#define RECORD 1152
+#define X_BYTES (TOKENS * 128)
+// A slot holds 64 columns of x, then of the weights: x starts at a multiple of 1024 in every slot.
+#define SLOT ((X_BYTES + ROWS / 16 * RECORD + 1023) / 1024 * 1024)
+// Sums of a token lie ROWS + 4 floats apart: lanes of four tokens and eight rows then write to 32 banks.
+#define PITCH (ROWS + 4)
+
+struct Fragment {
+  uint4 first, second;  // stored values of columns 0-31 and 32-63
+  u32 places;
+};
+
+// Read this warp's 16 rows of each 64 from `weights`, a slot's.
+__device__ __forceinline__ void load(Fragment (&a)[TILES], const u8* weights) {
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const u8* record = weights + ((warp / 4 * TILES + i) * 4 + warp % 4) * RECORD;
+    a[i].first = ((const uint4*)record)[lane];
+    a[i].second = ((const uint4*)record)[32 + lane];
+    a[i].places = ((const u32*)(record + 1024))[lane];
+  }
+}
+
+// Begin the products of one slot and close them as a batch.
+__device__ __forceinline__ void multiply_slot(float (&d)[TILES][TOKENS / 2], const Fragment (&a)[TILES], u32 x) {
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    SparseProduct<0, TOKENS>::begin(d[i], a[i].first, a[i].places, describe(x));
+    SparseProduct<1, TOKENS>::begin(d[i], a[i].second, a[i].places, describe(x + 64));
+  }
+  commit_products();
+}
+
+// Put d to shared memory, PITCH floats a token.
+__device__ __forceinline__ void keep_sums(float* sums, const float (&d)[TILES][TOKENS / 2]) {
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const int row = (warp / 4 * TILES + i) * 64 + warp % 4 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 2; j++)
+      sums[(j / 4 * 8 + lane % 4 * 2 + j % 2) * PITCH + row + j / 2 % 2 * 8] = d[i][j];
+  }
+}
+
+// Finish the sums of the block whose first row and token are given, and store them by 16 bytes where rows allow it.
+__device__ __forceinline__ void store_sums(const float* sums, const u16* bias, u16* y, int first_row, int first_token,
+                                           int out, int tokens) {
+  const int rows = min(ROWS, out - first_row), count = min(TOKENS, tokens - first_token);
+  if (out % 8 != 0) {
+    for (int token = 0; token < count; token++)
+      for (int row = (int)threadIdx.x; row < rows; row += 128 * WARPGROUPS)
+        y[(long long)(first_token + token) * out + first_row + row] =
+            from_float(finish(sums[token * PITCH + row], bias, first_row + row));
+    return;
+  }
+  for (int i = (int)threadIdx.x; i < count * (ROWS / 8); i += 128 * WARPGROUPS) {
+    const int token = i / (ROWS / 8), row = i % (ROWS / 8) * 8;
+    if (row >= rows) continue;
+    u32 pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float* sum = sums + token * PITCH + row + 2 * j;
+      pairs[j] = from_float(finish(sum[0], bias, first_row + row + 2 * j));
+      pairs[j] |= (u32)from_float(finish(sum[1], bias, first_row + row + 2 * j + 1)) << 16;
+    }
+    *(uint4*)(y + (long long)(first_token + token) * out + first_row + row) =
+        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
