@@ -1,9 +1,10 @@
 """Run the CUDA sources of runtime/cuda on the CPU, strictly: tests/emulator says what a GPU would do, g++ compiles it.
 
 What it catches, with the block, the thread and the reason: addresses outside of every tensor and of shared memory,
-misaligned ones, missing barriers and missing waits for background copies (memory not yet valid reads as NaN), lanes that
-do not meet in a collective, deadlocks, local arrays indexed past their end, overflowing int indices, arguments of the
-wrong kind. Tensors that a kernel takes as non-const pointers are filled with 0xFF first, so what it does not write shows.
+misaligned ones, missing barriers and missing waits for background copies (memory not yet valid reads as NaN), lanes
+that do not meet in a collective, deadlocks, local arrays indexed past their end, overflowing int indices, arguments of
+the wrong kind. Tensors that a kernel takes as non-const pointers are filled with 0xFF first, so what it does not write
+shows.
 """
 
 import ctypes
