@@ -226,7 +226,7 @@ def _found() -> Any:
 
 
 def installed_files(folder: str, pattern: str) -> Iterator[Path]:
-    """Find files in the nvidia wheels of this environment: nvidia/<package>/<folder>/<pattern>, newest first."""
+    """Find files in the nvidia wheels of this environment: nvidia/<package>/<folder>/<pattern>."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         yield from sorted(Path(place).glob(f"*/{folder}/{pattern}"), reverse=True)

@@ -59,9 +59,9 @@ class CusparseCsr:
         """Name the algorithms, each with the order of the dense operands it is made for and one without copies."""
         vectors = (OWN.one, f"spmv{SpMV.CSR_1:d}") if tokens <= VECTOR_TOKENS else ()
         matrices = (OWN.more, f"alg{SpMM.CSR_3:d}.cols", f"alg{SpMM.CSR_3:d}.mixed")
-        if spec.dtype in (torch.float32, torch.float64):
-            matrices += (f"alg{SpMM.CSR_2:d}.rows", f"alg{SpMM.CSR_2:d}.mixed", f"alg{SpMM.CSR_1:d}.cols")
-        return (*vectors, *matrices) if tokens == 1 else (*matrices, *vectors)
+        others = (f"alg{SpMM.CSR_2:d}.rows", f"alg{SpMM.CSR_2:d}.mixed", f"alg{SpMM.CSR_1:d}.cols")
+        known = (*matrices, *(others if spec.dtype in (torch.float32, torch.float64) else ()))
+        return (*vectors, *known) if tokens == 1 else (*known, *vectors)
 
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
         """Return (row starts int32, columns int32, values) on `spec.device`; the values are the packed ones."""

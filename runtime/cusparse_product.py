@@ -93,9 +93,9 @@ class Choice:
 
     def variant(self, chosen: str, tokens: int) -> Variant:
         """Return the variant that `Prepared.variants` chose for `tokens` rows, else the kernel's own."""
-        own = read_variant(self.one if tokens == 1 else self.more)
-        variant = read_variant(variant_for(chosen, tokens) or (self.one if tokens == 1 else self.more))
-        return own if variant.way == "spmv" and tokens > MOST_VECTORS else variant
+        own = self.one if tokens == 1 else self.more
+        variant = read_variant(variant_for(chosen, tokens) or own)
+        return read_variant(own) if variant.way == "spmv" and tokens > MOST_VECTORS else variant
 
 
 def apply(
@@ -134,7 +134,7 @@ def multiply(
         KernelError: cuSPARSE refuses, in its own words.
     """
     if x.shape[0] > MOST_COLUMNS:
-        parts = x.split(MOST_COLUMNS)
+        parts = (x[start : start + MOST_COLUMNS] for start in range(0, x.shape[0], MOST_COLUMNS))
         return torch.cat([multiply(plans, matrix, tensors, part, bias, variant) for part in parts])
     if variant.way == "rows":
         return _by_rows(plans, matrix, tensors, x, bias, variant.algorithm)
