@@ -1,0 +1,39 @@
+"""What our GEMV kernels need of a GPU, and what a single launch of them may hold."""
+
+from collections.abc import Iterator
+
+import torch
+
+from sparsify_compiler.kernel import MatmulSpec
+from sparsify_compiler.runtime.launch import Launcher
+from sparsify_compiler.runtime.rows import HALF_DTYPES
+
+MOST_PASSES = 65535
+"""Blocks along the second axis of a grid."""
+
+LEAST = (8, 0)
+CLUSTERS_FROM = (9, 0)
+
+
+def missing_for(spec: MatmulSpec, launcher: Launcher) -> str | None:
+    """Say what a product in float16 or bfloat16 by our CUDA kernels lacks (dtype, GPU, compiler), or None."""
+    if spec.dtype not in HALF_DTYPES:
+        return f"runs float16 and bfloat16; found {spec.dtype}"
+    if spec.device.type != "cuda":
+        return f"runs on cuda; found {spec.device.type}"
+    if spec.capability is None or spec.capability < LEAST:
+        found = "an unknown one" if spec.capability is None else "{}.{}".format(*spec.capability)
+        return f"needs compute capability {LEAST[0]}.{LEAST[1]} or later; found {found}"
+    return launcher.unavailable()
+
+
+def can_cluster(device: torch.device) -> bool:
+    """Whether blocks on `device` may form clusters. A CPU (where tests emulate a GPU) counts as one that can."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= CLUSTERS_FROM
+
+
+def token_slices(tokens: int, passed: int) -> Iterator[tuple[int, int]]:
+    """Cut `tokens` rows, `passed` a block, into what one launch can hold: (start, stop) of each."""
+    most = MOST_PASSES * passed
+    for start in range(0, tokens, most):
+        yield start, min(tokens, start + most)
