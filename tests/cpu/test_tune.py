@@ -1,90 +1,19 @@
 """The tuner's decisions, with a stopwatch that follows a script instead of a clock."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
+from scripted import Fake, Script, decide, packed
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.report import Timing
-from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
+from sparsify_compiler.kernel import Prepared
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.timing import Comparison, CpuStopwatch, Measure, compare_pairs, spread
+from sparsify_compiler.runtime.timing import Comparison, CpuStopwatch, compare_pairs, spread
 from sparsify_compiler.runtime.tune import Budget, Verdict, spec_key, tune
-
-
-@dataclass(frozen=True)
-class Fake:
-    """A dense product under another name, wrong by `offset`, or failing with `error`."""
-
-    name: str
-    offset: float = 0.0
-    refusal: str | None = None
-    error: Exception | None = None
-
-    def rejects(self, spec: MatmulSpec) -> str | None:
-        return self.refusal
-
-    def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
-        return ("",)
-
-    def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
-        return Prepared(self.name, packed.shape, (unpack(packed),))
-
-    def run(
-        self,
-        prepared: Prepared,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: Activation | None = None,
-    ) -> torch.Tensor:
-        if self.error:
-            raise self.error
-        return torch.nn.functional.linear(x, prepared.tensors[0], bias) + self.offset
-
-
-@dataclass
-class Script:
-    """A stopwatch that reads microseconds from a script by (kernel, tokens), round after round."""
-
-    times: Mapping[tuple[str, int], Sequence[float]]
-    order: list[str] = field(default_factory=list)
-    spent: float = 0.0
-
-    def load(self, label: str, calls: Sequence[Callable[[], object]], capture: bool = True) -> Measure:
-        kernel, tokens = label.rsplit(" ", 1)
-        script = self.times[kernel, int(tokens)]
-        following = itertools.cycle(script)
-
-        def measure() -> float:
-            self.order.append(label)
-            value = next(following)
-            self.spent += value / 1e6
-            return value
-
-        return Measure(measure)
-
-    def now(self) -> float:
-        return self.spent
-
-
-def packed() -> Packed:
-    weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-    return format_for(NM(2, 4)).pack(weight, NM(2, 4).select(weight.abs(), 0.5), NM(2, 4))
-
-
-def decide(
-    times: Mapping[tuple[str, int], Sequence[float]], *fakes: Fake, tokens: tuple[int, ...] = (1,), **budget: float
-) -> tuple[Verdict, Script]:
-    script = Script(times)
-    limits = dataclasses.replace(Budget(most_rounds=8), **budget)
-    spec = spec_for(packed(), tokens)
-    return tune(packed(), spec, (*fakes, Fake("dense")), budget=limits, stopwatch=script), script
 
 
 def test_a_sparse_kernel_that_is_faster_beyond_the_spread_wins() -> None:
@@ -158,7 +87,7 @@ def test_a_wrong_result_in_the_last_rows_is_found() -> None:
 
 def test_without_a_candidate_dense_stays_with_every_reason() -> None:
     verdict, script = decide({("dense", 1): [10]}, Fake("sparse", refusal="needs a GPU"))
-    assert verdict == Verdict("dense", verdict.reason, (), {"sparse": "needs a GPU"})
+    assert verdict == Verdict("dense", verdict.reason, refused={"sparse": "needs a GPU"})
     assert "sparse: needs a GPU" in verdict.reason
     assert script.order == []
 
@@ -207,8 +136,10 @@ def test_layers_with_the_same_specification_share_a_key() -> None:
         dataclasses.replace(spec, dtype=torch.float64),
         dataclasses.replace(spec, pattern=NM(4, 8)),
         dataclasses.replace(spec, tokens=(1,)),
+        dataclasses.replace(spec, run=8),
     ]
-    assert len({spec_key(spec), spec_key(spec, bias=True), *map(spec_key, others)}) == 7
+    by_call = {spec_key(spec), spec_key(spec, bias=True), spec_key(spec, activation="relu")}
+    assert len({*by_call, *map(spec_key, others)}) == 9
 
 
 def test_timings_have_the_fields_of_the_report() -> None:
