@@ -9,6 +9,7 @@ from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed
 from sparsify_compiler.runtime.csr import TorchCsr
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.formats import kept_entries
+from sparsify_compiler.runtime.routed import is_routed, routed_named
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -20,9 +21,13 @@ def kernels() -> tuple[Kernel, ...]:
 def kernel_named(name: str) -> Kernel:
     """Return the kernel that reports call `name`; the same object every time, for eager calls find it by name.
 
+    A routed name (runtime/routed.py) gives the route over the kernels that it names.
+
     Raises:
         KernelError: there is none in this version.
     """
+    if is_routed(name):
+        return routed_named(name, kernel_named)
     for kernel in kernels():
         if kernel.name == name:
             return kernel

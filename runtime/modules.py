@@ -117,6 +117,11 @@ class SparseLinear(nn.Module):
         """The kernel that really runs here, and why it is not `kernel` where it is another."""
         return self._running
 
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        """What the running kernel made of the packed weight; empty without data."""
+        return tuple(cast(Tensor, getattr(self, name)) for name in self._prepared)
+
     def prepare(self) -> None:
         """Rebuild the kernel's own tensors from the packed ones; dense ones, with a warning, where it cannot run.
 
@@ -168,7 +173,7 @@ class SparseLinear(nn.Module):
         if x.shape[-1] != self.in_features or x.dtype != values.dtype:
             raise KernelError(self._unfit(x))
         if opaque(x, self.bias):
-            tensors = [cast(Tensor, getattr(self, name)) for name in self._prepared]
+            tensors = list(self.prepared)
             kernel, variants = self._running.kernel, self.variants
             y = sparse_linear(x, tensors, self.bias, kernel, self.out_features, self.activation, variants)
         else:
