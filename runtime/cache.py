@@ -84,7 +84,7 @@ class DiskCache:
         path = self._path(kind, key)
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             self._warn(path, str(error))
@@ -101,9 +101,11 @@ class DiskCache:
         table = {"format": FORMAT, "date": date, "key": key, "entry": entry}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.folder, prefix=".", suffix=".partial", delete=False) as file:
-                json.dump(table, file, indent=1)
-            os.replace(file.name, path)
+            # A name of its own: processes that write the same entry never see each other's halves.
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as own:
+                partial = Path(own) / path.name
+                partial.write_text(json.dumps(table, indent=1), encoding="utf-8")
+                os.replace(partial, path)
         except OSError as error:
             warnings.warn(
                 f"what was measured cannot be kept in {self.folder}: {error.strerror or error}; it will be measured "
