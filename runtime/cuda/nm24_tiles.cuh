@@ -7,7 +7,11 @@
 #define RECORD 1152
 #define X_BYTES (TOKENS * 128)
 // A slot holds 64 columns of x, then of the weights: x starts at a multiple of 1024 in every slot.
-#define SLOT ((X_BYTES + ROWS / 16 * RECORD + 1023) / 1024 * 1024)
+#ifndef DIRECT
+#define DIRECT 0  // 1: weights go from memory to registers
+#endif
+#define WEIGHT_BYTES (DIRECT ? 0 : ROWS / 16 * RECORD)
+#define SLOT ((X_BYTES + WEIGHT_BYTES + 1023) / 1024 * 1024)
 // Sums of a token lie ROWS + 4 floats apart: lanes of four tokens and eight rows then write to 32 banks.
 #define PITCH (ROWS + 4)
 

@@ -3,7 +3,10 @@
 // block asks for its share and the copy engine writes it to every block of the cluster. A warpgroup of its own (its first
 // warp) keeps the STAGES slots filled; the others only wait for a slot, multiply, and give it back to all blocks.
 //
-// Defines: BF16, ACTIVATION, WARPGROUPS (1, 2), TILES, TOKENS (32 to 256), STAGES (>= 3), CLUSTER (1, 2, 4).
+// Weights come the same way, or, with DIRECT, from memory to the registers of the warp that multiplies them, two slots
+// ahead: shared memory is what limits these products (x is read from it once for every 64 rows), so it is spared.
+//
+// Defines: BF16, ACTIVATION, WARPGROUPS (1, 2), TILES, TOKENS (32 to 256), STAGES (>= 3), CLUSTER (1, 2, 4), DIRECT.
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "epilogue.cuh"
@@ -32,9 +35,9 @@ __device__ __forceinline__ void fill_slots(const Ring& ring, const u8* packed, c
   for (int k = 0; k < chunks; k++) {
     const u32 to = ring.slots + slot * SLOT, full = ring.full + slot * 8;
     if (round > 0) wait_barrier(ring.empty + slot * 8, round - 1);
-    if (lane == 0) expect_bytes(full, X_BYTES + RECORDS * RECORD);
+    if (lane == 0) expect_bytes(full, X_BYTES + WEIGHT_BYTES);
     __syncwarp();
-    if (lane < RECORDS) {
+    if (!DIRECT && lane < RECORDS) {
       const long long record = (long long)min(first_row / 16 + lane, last) * chunks + k;
       copy_run(to + X_BYTES + lane * RECORD, packed + record * RECORD, RECORD, full);
     }
@@ -57,27 +60,63 @@ __device__ __forceinline__ void give_back(u32 empty) {
   if ((int)threadIdx.x % 32 < CLUSTER) arrive_at(empty, threadIdx.x % 32);
 }
 
+#if DIRECT
+// Read this warp's 16 rows of each 64, of one chunk, from the packed weights; past the last chunk nothing.
+__device__ __forceinline__ void load_direct(Fragment (&a)[TILES], const u8* packed, int first_row, int chunk, int chunks,
+                                            int out) {
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, last = (out + 15) / 16 - 1;
+  if (chunk >= chunks) return;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const int record = min(first_row / 16 + (warp / 4 * TILES + i) * 4 + warp % 4, last);
+    const u8* from = packed + ((long long)record * chunks + chunk) * RECORD;
+    a[i].first = __ldcg((const uint4*)from + lane);
+    a[i].second = __ldcg((const uint4*)from + 32 + lane);
+    a[i].places = __ldcg((const u32*)(from + 1024) + lane);
+  }
+}
+#endif
+
+// `weights`: where they lie in the first slot, or the packed ones.
 __device__ __forceinline__ void multiply_slots(float (&d)[TILES][TOKENS / 2], const Ring& ring, const u8* weights,
-                                               int chunks) {
+                                               int first_row, int chunks, int out) {
   int slot = 0, before = STAGES - 1, round = 0, k = 0;
-  // Two sets of fragments in turn: the products of the chunk before still read theirs.
-  Fragment even[TILES], odd[TILES];
-  auto step = [&](Fragment(&a)[TILES]) {
+  auto step = [&](Fragment(&a)[TILES], Fragment(&later)[TILES]) {
     wait_barrier(ring.full + slot * 8, round);
+#if !DIRECT
     load(a, weights + slot * SLOT);
+#endif
     multiply_slot(d, a, ring.slots + slot * SLOT);
     wait_products<1>();
     if (k > 0) give_back(ring.empty + before * 8);
+#if DIRECT
+    load_direct(later, weights, first_row, k + 2, chunks, out);
+#endif
     before = slot;
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     round += slot == 0;
     k++;
   };
-  while (k + 1 < chunks) {
-    step(even);
-    step(odd);
+  // Sets of fragments in turn: the products of the chunk before still read theirs.
+  Fragment one[TILES], two[TILES];
+#if DIRECT
+  Fragment three[TILES];
+  load_direct(one, weights, first_row, 0, chunks, out);
+  load_direct(two, weights, first_row, 1, chunks, out);
+  while (k + 2 < chunks) {
+    step(one, three);
+    step(two, one);
+    step(three, two);
   }
-  if (k < chunks) step(even);
+  if (k < chunks) step(one, three);
+  if (k < chunks) step(two, one);
+#else
+  while (k + 1 < chunks) {
+    step(one, one);
+    step(two, two);
+  }
+  if (k < chunks) step(one, one);
+#endif
   wait_products<0>();
 #pragma unroll
   for (int i = 0; i < TILES; i++) take_sums(d[i]);
@@ -124,7 +163,7 @@ extern "C" __global__ IN_CLUSTERS void __launch_bounds__(128 * WARPGROUPS + 128,
     for (int i = 0; i < TILES; i++)
 #pragma unroll
       for (int j = 0; j < TOKENS / 2; j++) d[i][j] = 0.0f;
-    multiply_slots(d, ring, shared + X_BYTES, chunks);
+    multiply_slots(d, ring, DIRECT ? packed : shared + X_BYTES, first_row, chunks, out);
     __syncthreads();  // every warpgroup has read its last slot
     keep_sums((float*)shared, d);
     __syncthreads();
