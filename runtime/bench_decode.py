@@ -133,7 +133,7 @@ def _sparse_linear(packed: Packed, verdict: Verdict, batch: int) -> nn.Module:
         linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(unpack(packed), requires_grad=False)
         return linear
-    return SparseLinear(packed, None, verdict.kernel, (batch,))
+    return SparseLinear(packed, None, verdict.kernel, (batch,), verdict.variants)
 
 
 def _dense_linear(shape: tuple[int, int], case: DecodeCase, seed: int) -> nn.Module:

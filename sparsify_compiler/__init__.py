@@ -15,6 +15,7 @@ from sparsify_compiler.api_bench import (
     bench_decoder,
     bench_layers,
     bench_sites,
+    survey_kernels,
 )
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export.report import Report, report_from_json
@@ -57,4 +58,5 @@ __all__ = [
     "parse_recipe",
     "report_from_json",
     "run",
+    "survey_kernels",
 ]

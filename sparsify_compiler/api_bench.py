@@ -15,12 +15,14 @@ from sparsify_compiler.pipeline.bench_random import (
     bench_random_layers,
 )
 from sparsify_compiler.pipeline.benching import bench_sources, cases
+from sparsify_compiler.pipeline.kernel_survey import Survey, survey
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.bench_report import BenchReport
+from sparsify_compiler.runtime.selftest import SelfTest
 
 __all__ = ["BenchReport", "DecodeChoice", "RandomLayers", "bench", "bench_decoder", "bench_layers"]
-__all__ += ["bench_sites"]
+__all__ += ["bench_sites", "survey_kernels"]
 
 
 def bench(
@@ -57,7 +59,8 @@ def bench_layers(asked: RandomLayers, *, device: str = "auto", progress: Progres
     Raises:
         SparsifyError: a pattern does not fit a shape, or needs a sparsity.
     """
-    return bench_random_layers(asked, Options(device=device).torch_device(), progress)
+    with SelfTest() as tester:
+        return bench_random_layers(asked, Options(device=device).torch_device(), tester, progress)
 
 
 def bench_sites(
@@ -69,7 +72,8 @@ def bench_sites(
         SparsifyError: not such a folder, or nothing in it was pruned.
     """
     packed = read_artefact(Path(folder)).packed
-    return bench_packed_layers(packed, tuple(tokens), Options(device=device).torch_device(), progress)
+    with SelfTest() as tester:
+        return bench_packed_layers(packed, tuple(tokens), Options(device=device).torch_device(), tester, progress)
 
 
 def bench_decoder(
@@ -81,4 +85,19 @@ def bench_decoder(
         SparsifyError: no such config, or the models do not fit the device.
     """
     choice = choice or DecodeChoice()
-    return bench_random_decoder(config, pattern, choice, Options(device=choice.device).torch_device(), progress)
+    with SelfTest() as tester:
+        device = Options(device=choice.device).torch_device()
+        return bench_random_decoder(config, pattern, choice, device, tester, progress)
+
+
+def survey_kernels(device: str = "auto", *, selftest: bool = True, progress: Progress = silent) -> Survey:
+    """Ask every kernel what it runs on this machine; `selftest` tries each against float64 in a process of its own.
+
+    Raises:
+        SparsifyError: there is no such device.
+    """
+    where = Options(device=device).torch_device()
+    if not selftest:
+        return survey(where, progress=progress)
+    with SelfTest() as tester:
+        return survey(where, tester, progress=progress)

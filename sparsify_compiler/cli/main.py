@@ -9,6 +9,7 @@ import typer
 from sparsify_compiler.cli.bench import bench_verb
 from sparsify_compiler.cli.compile import compile_verb, demo_verb, export_verb, report_verb
 from sparsify_compiler.cli.guard import install_bug_report
+from sparsify_compiler.cli.kernels import kernels_verb
 from sparsify_compiler.cli.measure import evaluate_verb, inspect_verb, run_verb
 
 VERBS = (
@@ -34,6 +35,7 @@ VERBS = (
         "sparsify-compiler bench --layers 14336x4096,4096x14336 --pattern 2:4,16:32 --tokens 1,8,64",
         "sparsify-compiler bench --config llama-3-8b --pattern 2:4",
     ),
+    ("kernels", kernels_verb, "sparsify-compiler kernels --device cuda"),
     ("export", export_verb, "sparsify-compiler export OUT/ -o model_trt.onnx --onnx-flavour trt"),
     ("report", report_verb, "sparsify-compiler report OUT/"),
     ("demo", demo_verb, "sparsify-compiler demo -o demo-out/ --windows 16"),

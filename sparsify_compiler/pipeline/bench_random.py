@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from sparsify_compiler.runtime.ceilings import measure_ceilings
 from sparsify_compiler.runtime.decoder import read_config
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.machine import describe_machine
+from sparsify_compiler.runtime.selftest import Tester
 from sparsify_compiler.runtime.tune import Budget, Verdict, tune
 
 SECONDS = 1.0
@@ -50,21 +52,27 @@ class DecodeChoice:
     seed: int = 0
 
 
-def bench_random_layers(asked: RandomLayers, device: torch.device, progress: Progress = silent) -> BenchReport:
-    """Time every kernel on every layer asked for, beside dense and the machine's limit."""
+def bench_random_layers(
+    asked: RandomLayers, device: torch.device, tester: Tester | None = None, progress: Progress = silent
+) -> BenchReport:
+    """Time every kernel that `tester` lets pass on every layer, beside dense and the machine's limit."""
     ceilings = measure_ceilings(device, asked.dtype)
     layers = []
     wanted = [(shape, pattern) for shape in asked.shapes for pattern in asked.patterns]
     for done, (shape, pattern) in enumerate(wanted):
         progress("bench", done, len(wanted))
         packed = random_layer(shape, pattern, asked.sparsity, asked.dtype, device, asked.seed)
-        layers.append(bench_layer("random", packed, asked.tokens, device, ceilings, _tune_one))
+        layers.append(bench_layer("random", packed, asked.tokens, device, ceilings, partial(_tune_one, tester)))
     progress("bench", len(wanted), len(wanted))
     return BenchReport(describe_machine(device), "random weights and inputs", ceilings, (), tuple(layers))
 
 
 def bench_packed_layers(
-    packed: Mapping[str, Packed], tokens: tuple[int, ...], device: torch.device, progress: Progress = silent
+    packed: Mapping[str, Packed],
+    tokens: tuple[int, ...],
+    device: torch.device,
+    tester: Tester | None = None,
+    progress: Progress = silent,
 ) -> BenchReport:
     """Time every kernel on the distinct ones of `packed` weights by name: shape, pattern and density to 1 %.
 
@@ -87,13 +95,18 @@ def bench_packed_layers(
         progress("bench", done, len(distinct))
         here = replace(weight, tensors={part: tensor.to(device) for part, tensor in weight.tensors.items()})
         label = name if counts[key] == 1 else f"{name} and {counts[key] - 1} like it"
-        layers.append(bench_layer(label, here, tokens, device, ceilings, _tune_one))
+        layers.append(bench_layer(label, here, tokens, device, ceilings, partial(_tune_one, tester)))
     progress("bench", len(distinct), len(distinct))
     return BenchReport(describe_machine(device), "the pruned weights, random inputs", ceilings, (), tuple(layers))
 
 
 def bench_random_decoder(
-    config: str, pattern: Pattern, choice: DecodeChoice, device: torch.device, progress: Progress = silent
+    config: str,
+    pattern: Pattern,
+    choice: DecodeChoice,
+    device: torch.device,
+    tester: Tester | None = None,
+    progress: Progress = silent,
 ) -> BenchReport:
     """Time one decoding step of a decoder with random weights, dense against sparse."""
     case = DecodeCase(
@@ -107,12 +120,12 @@ def bench_random_decoder(
         layers=choice.layers,
         seed=choice.seed,
     )
-
-    found = bench_decode(case, _tune_one, choice.repeats, choice.compiled, progress)
+    found = bench_decode(case, partial(_tune_one, tester), choice.repeats, choice.compiled, progress)
     chosen = tuple(f"{name}: {verdict.kernel} ({verdict.reason})" for name, verdict in found.verdicts)
     inputs = f"{config}, {pattern}, random weights, batch {choice.batch}, context {choice.context}"
     return BenchReport(describe_machine(device), inputs, None, found.rows, (), (*chosen, *found.notes))
 
 
-def _tune_one(packed: Packed, spec: MatmulSpec) -> Verdict:
-    return tune(packed, spec, kernels(), budget=Budget(seconds=SECONDS))
+def _tune_one(tester: Tester | None, packed: Packed, spec: MatmulSpec) -> Verdict:
+    """Measure now: a benchmark never answers from the cache."""
+    return tune(packed, spec, kernels(), budget=Budget(seconds=SECONDS), tester=tester)
