@@ -5,7 +5,7 @@ where the standard layout has bits.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class BitmapGemv:
     """Any pattern, in float16 or bfloat16, with sums in float32 in a fixed order."""
 
     name: str = "bitmap_gemv"
-    launcher: Launcher = CupyLauncher()
+    launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Say which device or dtype it cannot run, or None."""
@@ -53,7 +53,7 @@ class BitmapGemv:
         best = _choose(parts, tokens, clusters)
         splits = [split for split in (1, 2, 4, 8) if parts % split == 0] if clusters else [1]
         others = [_Cut(split, best.tokens) for split in splits]
-        others += [_Cut(best.split, passed) for passed in (1, 2, 4, 8) if passed <= 2 * tokens]
+        others += [_Cut(best.split, passed) for passed in (1, 2, 4, 8) if passed < 2 * tokens]
         return tuple(dict.fromkeys(str(cut) for cut in (best, *others)))
 
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
@@ -80,7 +80,8 @@ class BitmapGemv:
         if y.numel() == 0:
             return y
         name = variant_for(prepared.variants, tokens)
-        cut = _parse(name) if name else _choose(parts, tokens, can_cluster(x.device))
+        clusters = can_cluster(x.device)
+        cut = _parse(name, clusters) if name else _choose(parts, tokens, clusters)
         defines = (("GAP_BITS", strands.gap_bits), ("TOKENS", cut.tokens), ("WARPS", strands.warps))
         dtype_defines = element_defines(x.dtype, activation)
         program = Program("bitmap_gemv.cu", "bitmap_gemv", (*defines, ("SPLIT", cut.split), *dtype_defines))
@@ -117,8 +118,9 @@ def _choose(parts: int, tokens: int, clusters: bool) -> _Cut:
     return _Cut(min(parts, 8) if clusters else 1, next((t for t in (1, 2, 4) if tokens <= t), 8))
 
 
-def _parse(name: str) -> _Cut:
+def _parse(name: str, clusters: bool) -> _Cut:
     match = _VARIANT.fullmatch(name)
-    if match is None:
-        raise KernelError(f"bitmap_gemv has no variant {name!r}; compile the model again with this version")
-    return _Cut(int(match[1]), int(match[2]))
+    cut = _Cut(int(match[1]), int(match[2])) if match else None
+    if cut is None or (cut.split > 1 and not clusters):
+        raise KernelError(f"bitmap_gemv cannot run variant {name!r} on this device; compile the model again for it")
+    return cut

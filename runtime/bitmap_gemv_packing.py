@@ -1,4 +1,4 @@
-"""The order in which bitmap_gemv.cu reads a weight of any pattern: each kept value and its distance from the one before.
+"""The order in which bitmap_gemv.cu reads a weight of any pattern: kept values and their distances.
 
 Rows are sorted by how many entries they hold, 32 of neighbouring places are a tile, and a lane owns one row of it, so
 the lanes of a warp run out of entries together. The columns are cut into `parts` of `span` columns, whose x fits shared
@@ -12,10 +12,11 @@ hold is cut by entries of value 0. Tensors:
 | starts | (tiles * parts + 1,) | int32 | the packets of a tile and part lie from one start to the next |
 | rows | (tiles * 32,) | int32 | the row that a lane of a tile owns, -1 for none |
 
-A packet is 32 lanes times 16 bytes of values, then 32 lanes times 4 or 8 bytes of gaps: byte i % 4 of word i // 4 is the
-gap of entry i in 8 bits; in 4 bits, byte i % 4 has entry i in its low half for i < 4, in its high half from there on.
-Of the p packets of a tile and part, warp w of W takes those from w p // W to (w + 1) p // W, so all warps get the same
-count to within one. A warp's first entry has gap 0, and what fills a lane up has gap and value 0: it stays in place.
+A packet is 32 lanes times 16 bytes of values, then 32 lanes times 4 or 8 bytes of gaps. A gap is the distance from the
+entry before: in 8 bits, byte i is that of entry i; in 4 bits, byte i % 4 has that of entry i in its low half for i < 4,
+in its high half from there on. Of the p packets of a tile and part, warp w of W takes those from w p // W to
+(w + 1) p // W: all get as many to within one. A warp's first entry has gap 0, and what fills a lane up has gap and
+value 0: it stays in place.
 """
 
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def from_strands(strands: Strands, shape: tuple[int, int], dtype: torch.dtype) -
     """Return the dense weight of `shape` (out, in) that `to_strands` packed from values of `dtype`."""
     out, in_ = shape
     tiles, parts, warps = strands.firsts.shape[:3]
-    span, total = span_of(in_, parts), strands.packets.shape[0]
+    span = span_of(in_, parts)
     values, gaps = _part(strands.packets, strands.gap_bits)
     starts = strands.starts.long()
     lengths = starts[1:] - starts[:-1]
@@ -119,7 +120,6 @@ def from_strands(strands: Strands, shape: tuple[int, int], dtype: torch.dtype) -
     kept = values[: item.numel()]
     flat = lanes.where(lanes >= 0, out) * (parts * span) + columns
     dense.view(-1)[flat[kept != 0]] = kept[kept != 0].view(dtype)
-    assert total >= item.numel()
     return dense[:out, :in_].contiguous()
 
 
@@ -152,7 +152,7 @@ def _distances(keep: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
 def _extra(distance: Tensor, bits: int) -> Tensor:
     """Count the entries of value 0 that must come before one at `distance`."""
     most = 2**bits - 1
-    return (distance - 1).clamp_(min=0) // most
+    return torch.div((distance - 1).clamp_(min=0), most, rounding_mode="floor")
 
 
 def _counts(keep: Tensor, parts: int, span: int, bits: int) -> Tensor:

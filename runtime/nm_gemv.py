@@ -4,7 +4,7 @@ Limited by memory up to two tokens at 50 % and four at 75 % (runtime/NOTES.md ha
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import kept_entries
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
-from sparsify_compiler.runtime.nm_gemv_packing import GROUP, TILE_ROWS, kept_of_group, to_lane_order
 from sparsify_compiler.runtime.launch_limits import CLUSTERS_FROM, can_cluster, missing_for, token_slices
+from sparsify_compiler.runtime.nm_gemv_packing import GROUP, TILE_ROWS, kept_of_group, to_lane_order
 from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
-_VARIANT = re.compile(r"warps(\d+)\.split(\d+)\.tokens(\d+)")
+_VARIANT = re.compile(r"warps(4|8|16)\.split([1248])\.tokens([124])")
 _FULL_GPU = 2048
 """Warps that keep a large GPU's memory busy: 132 multiprocessors with 16 each, 72 KiB in flight on every one."""
 
@@ -41,7 +41,7 @@ class NmGemv:
     """Any N:M whose groups divide 32 columns, in float16 or bfloat16, with sums in float32 in a fixed order."""
 
     name: str = "nm_gemv"
-    launcher: Launcher = CupyLauncher()
+    launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Say which device, dtype or pattern it cannot run, or None."""
@@ -56,7 +56,7 @@ class NmGemv:
         best = _choose(tiles, chunks, tokens, spec.density, clusters)
         splits = (1, 2, 4, 8) if clusters else (1,)
         others = [_Cut(warps, split, best.tokens) for warps in (4, 8, 16) for split in splits]
-        others += [_Cut(best.warps, best.split, passed) for passed in (1, 2, 4) if passed <= 2 * tokens]
+        others += [_Cut(best.warps, best.split, passed) for passed in (1, 2, 4) if passed < 2 * tokens]
         # A warp needs a chunk of its own, and no GPU gains from eight times as many warps as fill it.
         useful = [cut for cut in others if cut.warps * cut.split <= chunks and _near(tiles * cut.warps * cut.split)]
         return tuple(dict.fromkeys(str(cut) for cut in (best, *useful)))
@@ -83,7 +83,8 @@ class NmGemv:
         tiles, chunks = words.shape[:2]
         kept = kept_of_group(words)
         name = variant_for(prepared.variants, tokens)
-        cut = _parse(name) if name else _choose(tiles, chunks, tokens, kept / GROUP, can_cluster(x.device))
+        clusters = can_cluster(x.device)
+        cut = _parse(name, clusters) if name else _choose(tiles, chunks, tokens, kept / GROUP, clusters)
         defines = (("KEPT", kept), ("TOKENS", cut.tokens), ("WARPS", cut.warps), ("SPLIT", cut.split))
         program = Program("nm_gemv.cu", "nm_gemv", (*defines, *element_defines(x.dtype, activation)))
         shared = cut.warps * max(512 * max(1, cut.tokens // 2), 128 * cut.tokens)
@@ -97,15 +98,13 @@ class NmGemv:
 
 
 def _choose(tiles: int, chunks: int, tokens: int, density: float, clusters: bool) -> _Cut:
-    """Four warps a block, or as many more blocks and warps as fill the GPU; four tokens a pass only below 38 %."""
+    """Warps, then blocks of a cluster, until the GPU is full or a warp has one chunk; four tokens only below 38 %."""
     passed = 1 if tokens == 1 else 2 if tokens == 2 or density > 0.38 else 4
-    split = warps = 4
-    if not clusters or chunks < 8:
-        split = 1
-    while split > 1 and tiles * warps * split > 2 * _FULL_GPU:
-        split //= 2
-    while warps < 16 and warps * split < chunks and tiles * warps * split * 3 < 2 * _FULL_GPU:
-        warps *= 2
+    warps, split = 4, 1
+    for more_warps, more_split in ((8, 1), (8, 2), (8, 4), (16, 4), (16, 8)):
+        if tiles * warps * split >= _FULL_GPU or more_warps * more_split > chunks or (more_split > 1 and not clusters):
+            break
+        warps, split = more_warps, more_split
     return _Cut(warps, split, passed)
 
 
@@ -113,8 +112,9 @@ def _near(warps: int) -> bool:
     return _FULL_GPU // 4 <= warps <= 4 * _FULL_GPU
 
 
-def _parse(name: str) -> _Cut:
+def _parse(name: str, clusters: bool) -> _Cut:
     match = _VARIANT.fullmatch(name)
-    if match is None:
-        raise KernelError(f"nm_gemv has no variant {name!r}; compile the model again with this version")
-    return _Cut(int(match[1]), int(match[2]), int(match[3]))
+    cut = _Cut(*(int(number) for number in match.groups())) if match else None
+    if cut is None or (cut.split > 1 and not clusters):
+        raise KernelError(f"nm_gemv cannot run variant {name!r} on this device; compile the model again for it")
+    return cut
