@@ -67,8 +67,8 @@ class BlockDecode:
         clusters = spec.capability is not None and spec.capability >= (9, 0)
         chosen = _default(spec.pattern.rows, tile_rows, steps, clusters)
         found = [chosen]
-        for rows in _heights(spec.pattern.rows)[:3]:
-            for warps, split, ahead in ((8, 1, 2), (4, 1, 2), (4, 1, 4), (8, 2, 2), (8, 4, 2)):
+        for rows in _heights(spec.pattern.rows)[:2]:
+            for warps, split, ahead in ((8, 1, 2), (4, 1, 4), (8, 2, 2), (8, 4, 2)):
                 if split == 1 or (clusters and steps >= warps * split):
                     found.append(_Variant(rows, warps, split, ahead))
         return tuple(dict.fromkeys(str(variant) for variant in found))
@@ -151,16 +151,16 @@ def _heights(rows: int) -> list[int]:
 
 
 def _default(rows: int, tile_rows: int, steps: float, clusters: bool) -> _Variant:
-    """Choose for a memory-bound product: two blocks a multiprocessor, a few steps a warp.
+    """Choose for a memory-bound product: about 4 KiB in flight a warp, at least three blocks for two multiprocessors.
 
-    Tall blocks read x less often, so the tallest height that still gives two blocks a multiprocessor; where none
-    does, the cluster grows while every warp keeps two steps.
+    Tall blocks read x less often, so the tallest height that still gives as many blocks; where none does, 16 rows, and
+    the cluster grows while every warp keeps two steps.
     """
     heights = sorted((height for height in _heights(rows) if height <= 32), reverse=True)
-    wanted = 2 * MULTIPROCESSORS
+    wanted = 3 * MULTIPROCESSORS // 2
     height = next((h for h in heights if tile_rows * (rows // h) >= wanted), min(heights, key=lambda h: abs(h - 16)))
     warps = 8 if steps >= 8 else 4
     split = 1
-    while clusters and split < 8 and tile_rows * (rows // height) * split < wanted and steps >= 2 * warps * split * 2:
+    while clusters and split < 8 and tile_rows * (rows // height) * split < wanted and steps >= 4 * warps * split:
         split *= 2
-    return _Variant(height, warps, split, 2)
+    return _Variant(height, warps, split, 2 if height > 16 else 4)

@@ -44,6 +44,63 @@ if importlib.util.find_spec("triton") is not None:
         place = y + token.to(tl.int64) * out + row * out + at[None, :]
         tl.store(place, total.to(y.dtype.element_ty), mask=(row < tokens - token) & (at[None, :] < out))
 
+    @triton.jit  # type: ignore[untyped-decorator]
+    def sum_by_maps(
+        x: tl.tensor,
+        values: tl.tensor,
+        columns: tl.tensor,
+        token: tl.tensor,
+        start: tl.tensor,
+        stop: tl.tensor,
+        total: tl.tensor,
+        ROWS: tl.constexpr,
+    ) -> tl.tensor:
+        """Add the products of steps start to stop for the tile at `token`; x and values are tensor descriptors."""
+        column = tl.load(columns + start)
+        for step in range(start, stop):
+            following = tl.load(columns + step + 1)
+            tile = x.load([token, column * SLAB])
+            slab = values.load([step * ROWS, 0])
+            total = tl.dot(tile, slab.T, total)
+            column = following
+        return total
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def sum_by_addresses(
+        x: tl.tensor,
+        values: tl.tensor,
+        columns: tl.tensor,
+        token: tl.tensor,
+        start: tl.tensor,
+        stop: tl.tensor,
+        total: tl.tensor,
+        tokens: tl.tensor,
+        width: tl.tensor,
+        PARTS: tl.constexpr,
+    ) -> tl.tensor:
+        """Add the products of steps start to stop for the tile at `token`; a step is PARTS grains, each anywhere."""
+        GRAIN: tl.constexpr = SLAB // PARTS
+        ROWS: tl.constexpr = total.shape[1]
+        k = tl.arange(0, SLAB)
+        row = tl.arange(0, total.shape[0])[:, None]
+        some = row < tokens - token
+        own = x + token.to(tl.int64) * width + row * width
+        slabs = values + start.to(tl.int64) * (ROWS * SLAB) + tl.arange(0, ROWS)[None, :] * SLAB + k[:, None]
+        places = columns + start * PARTS
+        if PARTS > 1:
+            places += k // GRAIN  # one for each of the 64 columns
+        grain = tl.load(places)
+        for _ in range(start, stop):
+            places += PARTS
+            following = tl.load(places)
+            column = tl.max_contiguous(tl.multiple_of(grain * GRAIN + k % GRAIN, GRAIN), GRAIN)
+            tile = tl.load(own + column[None, :], mask=some, other=0.0)
+            slab = tl.load(slabs)
+            slabs += ROWS * SLAB
+            total = tl.dot(tile, slab, total)
+            grain = following
+        return total
+
     @triton.jit(do_not_specialize=["tokens", "bands", "group"])  # type: ignore[untyped-decorator]
     def block_product(
         x: tl.tensor,
@@ -83,33 +140,9 @@ if importlib.util.find_spec("triton") is not None:
         start += steps * part // SPLIT
         total = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
         if DESCRIPTORS:
-            column = tl.load(columns + start)
-            for step in range(start, stop):
-                following = tl.load(columns + step + 1)
-                tile = x.load([token, column * SLAB])
-                slab = values.load([step * ROWS, 0])
-                total = tl.dot(tile, slab.T, total)
-                column = following
+            total = sum_by_maps(x, values, columns, token, start, stop, total, ROWS)
         else:
-            GRAIN: tl.constexpr = SLAB // PARTS
-            k = tl.arange(0, SLAB)
-            row = tl.arange(0, TOKENS)[:, None]
-            some = row < tokens - token
-            own = x + token.to(tl.int64) * width + row * width
-            slabs = values + start.to(tl.int64) * (ROWS * SLAB) + tl.arange(0, ROWS)[None, :] * SLAB + k[:, None]
-            places = columns + start * PARTS
-            if PARTS > 1:
-                places += k // GRAIN  # one for each of the 64 columns
-            grain = tl.load(places)
-            for _ in range(start, stop):
-                places += PARTS
-                following = tl.load(places)
-                column = tl.max_contiguous(tl.multiple_of(grain * GRAIN + k % GRAIN, GRAIN), GRAIN)
-                tile = tl.load(own + column[None, :], mask=some, other=0.0)
-                slab = tl.load(slabs)
-                slabs += ROWS * SLAB
-                total = tl.dot(tile, slab, total)
-                grain = following
+            total = sum_by_addresses(x, values, columns, token, start, stop, total, tokens, width, PARTS)
         if SPLIT == 1:
             store(y, finish(total, bias, at, out, ACTIVATION), token, at, tokens, out, TOKENS)
         else:

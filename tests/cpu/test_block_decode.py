@@ -137,10 +137,11 @@ def test_empty_and_full_rows_of_tiles_are_computed() -> None:
 
 @needs_compiler
 def test_every_variant_gives_the_same_result_for_any_token_count() -> None:
-    packed = pack(Block(64, 32), 128, 1024)
+    packed = pack(Block(64, 32), 64, 2816)
     spec = dataclasses.replace(spec_for(packed, (1,)), device=torch.device("cuda", 0), capability=(9, 0))
     names = KERNEL.variants(spec, 1)
     assert len(names) == len(set(names)) > 5
+    assert {"split1", "split2", "split4"} == {name.split(".")[2] for name in names}
     for number, name in enumerate(names):
         check(packed, (1, 12, 40)[number % 3], name, bias=True)
     assert not [
