@@ -1,4 +1,4 @@
-"""Swap pruned linear layers for sparse modules where a measured verdict says so.
+"""Swap pruned linear layers and convolutions for sparse modules where a measured verdict says so.
 
     Given:   %y = linear(%x, weight=%w)          # %w (768, 3072), 90 % of its entries zero
     Result:  %y = sparse_linear(%x, packed=%w1)  # where a kernel beat dense at the user's token counts
@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from sparsify_compiler.graph import MatmulLayout, Site
+from sparsify_compiler.frontends.layout import to_problem
+from sparsify_compiler.graph import ConvLayout, Site
 
 
 class Verdict(Protocol):
@@ -31,7 +32,10 @@ class Verdict(Protocol):
 
 @dataclass(frozen=True)
 class Lowerable:
-    """A pruned site with its weight (out, in), keep mask (out, in) bool and bias (out,), as the module holds them."""
+    """A pruned site with its weight (out, in), keep mask (out, in) bool and bias (out,), as the module holds them.
+
+    A convolution's rows are tap-major, (groups * out, in), those of the first group first.
+    """
 
     site: Site
     weight: Tensor
@@ -46,23 +50,27 @@ Build = Callable[[Lowerable, str], nn.Module]
 def lowerable(module: nn.Module, site: Site, keep: Tensor) -> Lowerable | str:
     """Say whether a pruned site may run a sparse kernel in the torch module; else the reason in words.
 
-    `keep` is (groups, out, in) bool. The site's module must be a Linear (or a Hugging Face Conv1D) of its own.
+    `keep` is (groups, out, in) bool. The site's module must be a Linear (or a Hugging Face Conv1D) or a Conv2d of its
+    own.
     """
-    if not isinstance(site.layout, MatmulLayout):
-        return "convolutions run dense in this release: there is no sparse convolution kernel"
+    if isinstance(site.layout, ConvLayout) and len(site.layout.kernel) != 2:
+        return f"{site.kind} runs dense: only 2-d convolutions have a sparse layer"
     if site.calls != 1:
         return f"the weight is used at {site.calls} places"
     owner = dict(module.named_modules()).get(site.name)
-    if not isinstance(owner, nn.Linear) and type(owner).__name__ != "Conv1D":
+    convolution = isinstance(site.layout, ConvLayout)
+    if convolution and not isinstance(owner, nn.Conv2d):
+        return "the convolution is not a Conv2d module of its own, so there is nothing to swap"
+    if not convolution and not isinstance(owner, nn.Linear) and type(owner).__name__ != "Conv1D":
         return "the product is not a Linear module of its own, so there is nothing to swap"
     parent = module.get_submodule(site.name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"{type(parent).__name__} reads the weight itself at inference, past the Linear module"
-    weight = owner.weight.detach()  # type: ignore[union-attr]  # both kinds hold a tensor
-    if site.layout.transposed:
-        weight = weight.t()
+    assert site.layout is not None
+    weight = to_problem(owner.weight.detach(), site.layout)  # type: ignore[union-attr]  # all kinds hold a tensor
     bias = owner.bias  # type: ignore[union-attr]
-    return Lowerable(site, weight, keep[0].to(weight.device), bias if isinstance(bias, Tensor) else None)
+    rows, kept = weight.reshape(-1, site.in_), keep.reshape(-1, site.in_).to(weight.device)
+    return Lowerable(site, rows, kept, bias if isinstance(bias, Tensor) else None)
 
 
 def lower(module: nn.Module, chosen: Mapping[str, str], parts: Mapping[str, Lowerable], build: Build) -> int:

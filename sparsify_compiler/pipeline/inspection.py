@@ -111,8 +111,8 @@ def _kernels(site: Site, tokens: tuple[int, ...], device: torch.device) -> dict[
     """Ask every kernel whether it would take the site at half its weights in float32."""
     if site.refusal is not None:
         return {kernel.name: None if kernel.name == "dense" else site.refusal for kernel in kernels()}
-    if not isinstance(site.layout, MatmulLayout):
-        conv = "there is no sparse convolution kernel in this release"
+    if not isinstance(site.layout, MatmulLayout) and len(site.shape) != 4:
+        conv = "only 2-d convolutions have a sparse layer"
         return {kernel.name: None if kernel.name == "dense" else conv for kernel in kernels()}
     spec = MatmulSpec(
         out=site.out,
@@ -123,6 +123,7 @@ def _kernels(site: Site, tokens: tuple[int, ...], device: torch.device) -> dict[
         tokens=tokens,
         device=device,
         capability=capability(device),
+        run=site.run if site.run != site.in_ else None,
     )
     return {kernel.name: kernel.rejects(spec) for kernel in kernels()}
 

@@ -17,6 +17,7 @@ from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, wri
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
 from sparsify_compiler.frontends.torch_run import dotted, move_constants
 from sparsify_compiler.frontends.torch_trace import inference
+from sparsify_compiler.graph import ConvLayout
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
@@ -24,8 +25,9 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
-from sparsify_compiler.pipeline.tuning import Tuner, words
+from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
 from sparsify_compiler.plan import Decision
+from sparsify_compiler.runtime.tune_conv import ConvInput
 from sparsify_compiler.runtime.verdicts import Verdict
 from sparsify_compiler.sources.describe import describe
 
@@ -164,7 +166,11 @@ def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lo
     parts = {name: part for name, part in found.items() if not isinstance(part, str)}
     patterns = {name: parse_pattern(pruned.sites[name].pattern) for name in parts}
     with job.stage("tune"), Tuner(job.options.tokens, job.options.torch_dtype(), device, job.progress) as tuner:
-        verdicts = tuner.verdicts(parts, patterns)
+        inputs = _conv_inputs(job, pruned, parts)
+        for name in [name for name, part in parts.items() if _is_conv(part) and name not in inputs]:
+            why_dense[name] = "the first calibration batch does not reach it, so there is no input to measure it on"
+            del parts[name]
+        verdicts = tuner.verdicts(parts, patterns, inputs)
     dense = [name for name, verdict in verdicts.items() if verdict.kernel == "dense"] + list(why_dense)
     if job.options.require_sparse and dense:
         first = why_dense.get(dense[0]) or verdicts[dense[0]].reason
@@ -175,6 +181,19 @@ def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lo
     if verdicts:
         job.notes.append(words(verdicts))
     return verdicts, parts, why_dense
+
+
+def _conv_inputs(job: Job, pruned: Pruned, parts: Mapping[str, Lowerable]) -> dict[str, ConvInput]:
+    """Return what the first calibration batch feeds the convolutions."""
+    names = [name for name, part in parts.items() if _is_conv(part)]
+    if not names:
+        return {}
+    home = next((p.device for p in pruned.module.parameters()), torch.device("cpu"))
+    return conv_inputs(pruned.module, names, to_device(_cast(job.batches[0], job), home))
+
+
+def _is_conv(part: Lowerable) -> bool:
+    return isinstance(part.site.layout, ConvLayout)
 
 
 def _write(

@@ -1,24 +1,31 @@
 """Measure kernels for pruned sites: equal weights are measured once, and every site gets its own verdict in words."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsify_compiler.batches import Batch, call
 from sparsify_compiler.export.report import Timing
+from sparsify_compiler.frontends.torch_trace import inference
+from sparsify_compiler.graph import ConvLayout, Site
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.lower import Lowerable
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.cache import DiskCache
 from sparsify_compiler.runtime.candidates import Budget
+from sparsify_compiler.runtime.conv import SparseConv2d
+from sparsify_compiler.runtime.conv_windows import ConvGeometry
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.modules import SparseLinear
 from sparsify_compiler.runtime.selftest import SelfTest, Tester
 from sparsify_compiler.runtime.tune import spec_key, tune
+from sparsify_compiler.runtime.tune_conv import ConvInput, ConvProblem, tune_conv
 from sparsify_compiler.runtime.verdicts import Verdict
 
 
@@ -55,20 +62,29 @@ class Tuner:
         if isinstance(self.tester, SelfTest):
             self.tester.close()
 
-    def verdicts(self, parts: Mapping[str, Lowerable], patterns: Mapping[str, Pattern]) -> dict[str, Verdict]:
-        """Return the verdict for every pruned weight by site name, and tell `progress` after each."""
+    def verdicts(
+        self,
+        parts: Mapping[str, Lowerable],
+        patterns: Mapping[str, Pattern],
+        inputs: Mapping[str, ConvInput] | None = None,
+    ) -> dict[str, Verdict]:
+        """Return the verdict for every pruned weight by site name, and tell `progress` after each.
+
+        `inputs` are what the convolutions among them are fed.
+        """
         found = {}
         for number, (name, part) in enumerate(parts.items()):
             self.progress("tune", number, len(parts))
-            found[name] = self.verdict(part, patterns[name])
+            fed = (inputs or {}).get(name)
+            found[name] = self.verdict(part, patterns[name]) if fed is None else self.conv(part, patterns[name], fed)
         self.progress("tune", len(parts), len(parts))
         return found
 
     def verdict(self, part: Lowerable, pattern: Pattern) -> Verdict:
         """Return the verdict for one pruned weight, measured now or known from an equal one."""
-        packed = self.pack(part, pattern)
+        (packed,) = self.pack(part, pattern)
         spec = spec_for(packed, self.tokens, self.device)
-        bias = None if part.bias is None else part.bias.detach().to(self.device, self.dtype)
+        bias = self._bias(part)
         key = spec_key(spec, bias is not None)
         if key not in self._known:
             self._known[key] = tune(
@@ -83,15 +99,64 @@ class Tuner:
             )
         return self._known[key]
 
-    def pack(self, part: Lowerable, pattern: Pattern) -> Packed:
-        """Pack the weight in the dtype and on the device it is measured in."""
-        weight = part.weight.to(self.device, self.dtype)
-        return format_for(pattern).pack(weight, part.keep.to(self.device), pattern, part.site.run)
+    def conv(self, part: Lowerable, pattern: Pattern, fed: ConvInput) -> Verdict:
+        """Return the verdict for one pruned convolution on the input it is fed, measured now or known."""
+        problem = ConvProblem(self.pack(part, pattern), conv_geometry(part.site), fed, self._bias(part))
+        key = problem.key()
+        if key not in self._known:
+            self._known[key] = tune_conv(problem, kernels(), self.budget, tester=self.tester)
+        return self._known[key]
+
+    def pack(self, part: Lowerable, pattern: Pattern) -> tuple[Packed, ...]:
+        """Pack the weight in the dtype and on the device it is measured in, one a group."""
+        site = part.site
+        weights = part.weight.to(self.device, self.dtype).reshape(site.groups, -1, site.in_)
+        keeps = part.keep.to(self.device).reshape(weights.shape)
+        form = format_for(pattern)
+        return tuple(form.pack(w, k, pattern, site.run) for w, k in zip(weights, keeps, strict=True))
 
     def build(self, part: Lowerable, pattern: Pattern, kernel: str, variants: str = "") -> nn.Module:
         """Make the module that runs the weight on `kernel` and its `variants`, on the device it was measured on."""
-        bias = None if part.bias is None else part.bias.to(self.device, self.dtype)
-        return SparseLinear(self.pack(part, pattern), bias, kernel, self.tokens, variants)
+        packed, bias = self.pack(part, pattern), self._bias(part)
+        if part.bias is not None and bias is not None:
+            bias.requires_grad_(part.bias.requires_grad)
+        if isinstance(part.site.layout, ConvLayout):
+            return SparseConv2d(packed, conv_geometry(part.site), bias, kernel, self.tokens, variants)
+        return SparseLinear(packed[0], bias, kernel, self.tokens, variants)
+
+    def _bias(self, part: Lowerable) -> Tensor | None:
+        return None if part.bias is None else part.bias.detach().to(self.device, self.dtype)
+
+
+def conv_geometry(site: Site) -> ConvGeometry:
+    """Describe a site's 2-d convolution to the runtime; sites pad with zeros, or are refused before."""
+    layout = site.layout
+    assert isinstance(layout, ConvLayout)
+    pairs = [(values[0], values[1]) for values in (layout.kernel, layout.stride, layout.dilation)]
+    padding = (layout.padding[0], layout.padding[1])
+    return ConvGeometry(site.run * site.groups, pairs[0], pairs[1], padding, pairs[2], site.groups)
+
+
+def conv_inputs(module: nn.Module, names: Collection[str], batch: Batch) -> dict[str, ConvInput]:
+    """Run one batch through `module` and return what its convolutions are fed; those it does not reach are missing."""
+    found: dict[str, ConvInput] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0] if inputs[0].dim() == 4 else inputs[0].unsqueeze(0)
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            found[name] = ConvInput((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), last)
+
+        return note
+
+    hooks = [module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        with inference(module):
+            call(module, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def timings(verdict: Verdict) -> tuple[Timing, ...]:

@@ -70,12 +70,24 @@ def test_only_sites_that_a_sparse_kernel_won_are_swapped() -> None:
 
 
 def test_sites_that_cannot_be_swapped_say_why() -> None:
-    module = seeded(Cnn)
-    graph = trace_module(module, image_batches(1)[0])
+    module = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(48, 4)).eval()
+    graph = trace_module(module, torch.randn(2, 4, 8))
     stem = graph.sites[0]
     reason = lowerable(module, stem, torch.ones(1, stem.out, stem.in_, dtype=torch.bool))
     assert isinstance(reason, str)
-    assert "convolution" in reason
+    assert "only 2-d convolutions" in reason
+
+
+def test_a_convolution_is_lowered_with_its_weight_tap_major_and_its_groups_one_below_the_other() -> None:
+    module = seeded(Cnn)
+    graph = trace_module(module, image_batches(1)[0])
+    site = next(site for site in graph.sites if site.name == "grouped")
+    keep = torch.rand(site.groups, site.out, site.in_) > 0.5
+    part = lowerable(module, site, keep)
+    assert isinstance(part, Lowerable)
+    assert torch.equal(part.weight, graph.weight(site).reshape(16, 72))
+    assert torch.equal(part.keep, keep.reshape(16, 72))
+    assert part.weight[9, 8 * 4 + 3] == module.grouped.weight[9, 3, 1, 1]  # tap (1, 1) is the fifth of nine
 
 
 def test_layers_that_read_a_linear_modules_weight_themselves_stay_dense() -> None:
