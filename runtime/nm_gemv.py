@@ -1,6 +1,6 @@
-"""N:M weights for one token, two or four at a time: nm_gemv.cu, one lane a row.
+"""N:M weights for up to eight tokens at a time: nm_gemv.cu, one lane a row.
 
-Limited by memory up to two tokens at 50 % and four at 75 % (runtime/NOTES.md has the arithmetic).
+Limited by memory up to two tokens at 50 % and four at 75 %; runtime/NOTES.md has the arithmetic.
 """
 
 import re
@@ -19,7 +19,7 @@ from sparsify_compiler.runtime.nm_gemv_packing import GROUP, TILE_ROWS, kept_of_
 from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
-_VARIANT = re.compile(r"warps(4|8|16)\.split([1248])\.tokens([124])")
+_VARIANT = re.compile(r"warps(4|8|16)\.split([1248])\.tokens([1248])")
 _FULL_GPU = 2048
 """Warps that keep a large GPU's memory busy: 132 multiprocessors with 16 each, 72 KiB in flight on every one."""
 
@@ -53,10 +53,10 @@ class NmGemv:
         """Name ways to share the columns of 32 rows among warps and blocks, and tokens a pass."""
         chunks, tiles = -(-spec.in_ // 128), -(-spec.out // TILE_ROWS)
         clusters = spec.capability is not None and spec.capability >= CLUSTERS_FROM
-        best = _choose(tiles, chunks, tokens, spec.density, clusters)
+        best = _choose(tiles, chunks, tokens, clusters)
         splits = (1, 2, 4, 8) if clusters else (1,)
         others = [_Cut(warps, split, best.tokens) for warps in (4, 8, 16) for split in splits]
-        others += [_Cut(best.warps, best.split, passed) for passed in (1, 2, 4) if passed < 2 * tokens]
+        others += [_Cut(best.warps, best.split, passed) for passed in (1, 2, 4, 8) if passed < 2 * tokens]
         # A warp needs a chunk of its own, and no GPU gains from eight times as many warps as fill it.
         useful = [cut for cut in others if cut.warps * cut.split <= chunks and _near(tiles * cut.warps * cut.split)]
         return tuple(dict.fromkeys(str(cut) for cut in (best, *useful)))
@@ -84,7 +84,7 @@ class NmGemv:
         kept = kept_of_group(words)
         name = variant_for(prepared.variants, tokens)
         clusters = can_cluster(x.device)
-        cut = _parse(name, clusters) if name else _choose(tiles, chunks, tokens, kept / GROUP, clusters)
+        cut = _parse(name, clusters) if name else _choose(tiles, chunks, tokens, clusters)
         defines = (("KEPT", kept), ("TOKENS", cut.tokens), ("WARPS", cut.warps), ("SPLIT", cut.split))
         program = Program("nm_gemv.cu", "nm_gemv", (*defines, *element_defines(x.dtype, activation)))
         shared = cut.warps * max(512 * max(1, cut.tokens // 2), 128 * cut.tokens)
@@ -97,9 +97,9 @@ class NmGemv:
         return y
 
 
-def _choose(tiles: int, chunks: int, tokens: int, density: float, clusters: bool) -> _Cut:
-    """Warps, then blocks of a cluster, until the GPU is full or a warp has one chunk; four tokens only below 38 %."""
-    passed = 1 if tokens == 1 else 2 if tokens == 2 or density > 0.38 else 4
+def _choose(tiles: int, chunks: int, tokens: int, clusters: bool) -> _Cut:
+    """Warps, then blocks of a cluster, until the GPU is full or a warp has one chunk; all tokens at once up to 8."""
+    passed = next((count for count in (1, 2, 4) if tokens <= count), 8)
     warps, split = 4, 1
     for more_warps, more_split in ((8, 1), (8, 2), (8, 4), (16, 4), (16, 8)):
         if tiles * warps * split >= _FULL_GPU or more_warps * more_split > chunks or (more_split > 1 and not clusters):

@@ -4,7 +4,7 @@
 // memory lies in different banks or is the same word. A warp takes every (WARPS)-th chunk of 128 columns, keeps its x
 // in shared memory of its own and the next chunk's weights in flight; no barrier but the last, where sums are added.
 //
-// Defines: KEPT of every 32 (even), TOKENS a pass (1, 2, 4), WARPS a block, SPLIT blocks a cluster, BF16, ACTIVATION.
+// Defines: KEPT of every 32 (even), TOKENS a pass (1, 2, 4, 8), WARPS a block, SPLIT blocks a cluster, BF16, ACTIVATION.
 // Grid (tiles * SPLIT, passes), WARPS * 32 threads, dynamic shared memory WARPS * TOKEN_WORDS * 512 bytes, at least
 // WARPS * TOKENS * 128.
 #include "ptx.cuh"

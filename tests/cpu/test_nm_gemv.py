@@ -1,4 +1,4 @@
-"""The n:m kernel for one or two tokens: its order of the weight, its variants, and the kernel on the emulator."""
+"""The n:m kernel for few tokens: its order of the weight, its variants, and the kernel on the emulator."""
 
 import dataclasses
 import itertools
@@ -161,8 +161,7 @@ def test_the_default_fills_a_large_gpu_and_a_cluster_needs_compute_capability_9(
         assert 1024 <= total <= 4096
     old = dataclasses.replace(H200, capability=(8, 0), out=4096)
     assert all(".split1." in name for name in KERNEL.variants(old, 1))
-    assert KERNEL.variants(dataclasses.replace(H200, density=0.25), 4)[0].endswith("tokens4")
-    assert KERNEL.variants(H200, 4)[0].endswith("tokens2")
+    assert [KERNEL.variants(H200, tokens)[0][-1] for tokens in (1, 2, 3, 4, 5, 8, 100)] == [*"1244888"]
 
 
 def test_it_says_what_it_cannot_run() -> None:
