@@ -78,7 +78,7 @@ class EmulatedLauncher:
             EmulationError: the kernel went wrong; says where and why.
         """
         text = emulated_text(program, self.folder)
-        cluster = _cluster(program, text)
+        cluster = cluster_size(program, text)
         if reason := _misfit(grid, threads, shared_bytes, cluster, arguments, device):
             raise KernelError(f"{program.source}: {program.function} cannot be launched: {reason}")
         function = _load(program, text)
@@ -116,7 +116,8 @@ def _source(name: str, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _cluster(program: Program, text: str) -> tuple[int, int, int]:
+def cluster_size(program: Program, text: str) -> tuple[int, int, int]:
+    """Read the blocks of a cluster along each side of the grid from the source; (1, 1, 1) where it names none."""
     found = set(_CLUSTER.findall(text))
     if not found:
         return 1, 1, 1

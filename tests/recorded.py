@@ -1,0 +1,88 @@
+"""What the CUDA kernels would launch: every program of every variant, for tests that compile them.
+
+A new kernel is one line in `cuda_kernels`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from kernels import choose
+
+from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
+from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
+from sparsify_compiler.runtime.block_decode import BlockDecode
+from sparsify_compiler.runtime.formats import format_for
+from sparsify_compiler.runtime.launch import Argument, Launcher, Program
+from sparsify_compiler.runtime.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm_gemv import NmGemv
+
+HOPPER = (9, 0)
+TOKENS = (1, 8, 16, 64, 700)
+
+
+def cuda_kernels(launcher: Launcher) -> tuple[tuple[Kernel, Pattern], ...]:
+    """Return every kernel that launches CUDA sources, each with the patterns to compile it for."""
+    return (
+        (Nm24Mma(launcher=launcher, capability=HOPPER), NM(2, 4)),
+        (Nm24Wgmma(launcher=launcher), NM(2, 4)),
+        (NmGemv(launcher=launcher), NM(16, 32)),
+        (NmGemv(launcher=launcher), NM(1, 8)),
+        (BitmapGemv(launcher=launcher), Unstructured()),
+        (BlockDecode(launcher=launcher), Block(128, 128)),
+        (BlockDecode(launcher=launcher), Block(16, 16)),
+    )
+
+
+@dataclass(frozen=True)
+class RecordingLauncher:
+    """A launcher that launches nothing and keeps the programs it was asked for."""
+
+    programs: list[Program] = field(default_factory=list)
+
+    def unavailable(self) -> str | None:
+        """None: it can always record."""
+        return None
+
+    def launch(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+        device: torch.device,
+    ) -> None:
+        """Keep the program."""
+        self.programs.append(program)
+
+
+def programs_of(
+    kernel: Kernel, pattern: Pattern, dtype: torch.dtype, activation: Activation | None, launcher: RecordingLauncher
+) -> list[Program]:
+    """Return what `kernel` launches for `TOKENS`, in every variant it offers on capability 9.0, without repeats."""
+    out, in_ = 256, 4096
+    weight = torch.randn(out, in_, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = format_for(pattern).pack(weight, choose(pattern, weight), pattern)
+    spec = MatmulSpec(out, in_, dtype, pattern, 0.5, TOKENS, torch.device("cpu"), HOPPER)
+    prepared = kernel.prepare(packed, spec)
+    large = dataclasses.replace(spec, out=14336)  # what a real layer would choose from; any variant runs any weight
+    launcher.programs.clear()
+    for tokens in TOKENS:
+        for name in kernel.variants(large, tokens):
+            chosen = dataclasses.replace(prepared, variants=f"{tokens}={name}" if name else "")
+            kernel.run(chosen, torch.zeros(tokens, in_, dtype=dtype), None, activation)
+    return list(dict.fromkeys(launcher.programs))
+
+
+def all_programs(dtype: torch.dtype, activation: Activation | None = None) -> list[Program]:
+    """Return the programs of all kernels."""
+    launcher = RecordingLauncher()
+    return [
+        p
+        for kernel, pattern in cuda_kernels(launcher)
+        for p in programs_of(kernel, pattern, dtype, activation, launcher)
+    ]
