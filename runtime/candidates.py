@@ -147,7 +147,7 @@ class _Loader:
         measures: dict[int, Measure] = {}
         variants: dict[int, str] = {}
         for tokens in self.job.inputs:
-            names = self.kernel.variants(self.job.spec, tokens)
+            names = self.kernel.variants(self.job.spec, tokens) or ("",)
             if wrong := self.wrong(names[0], tokens):
                 return Refusal(wrong)
             own = self.measure(names[0], tokens)

@@ -170,12 +170,16 @@ def _uncapturable(kernel: Kernel, prepared: Prepared, trial: _Trial) -> str | No
     trial.say("the capture in a CUDA graph")
     x = _draw(trial.spec.tokens[0], trial.spec.in_, trial.spec.dtype, trial.spec.device)
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
     try:
-        with torch.cuda.device(trial.spec.device), torch.cuda.graph(graph):
-            kernel.run(prepared, x, trial.bias, trial.case.activation)
-        graph.replay()
-        torch.cuda.synchronize()
+        with torch.cuda.device(trial.spec.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # a kernel may set itself up once a stream
+                kernel.run(prepared, x, trial.bias, trial.case.activation)
+            with torch.cuda.graph(graph, stream=stream):
+                kernel.run(prepared, x, trial.bias, trial.case.activation)
+            graph.replay()
+            torch.cuda.synchronize()
     except RuntimeError as error:
         return first_line(error)
     return None

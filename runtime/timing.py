@@ -1,5 +1,6 @@
 """How calls are timed: stopwatches for CPU and CUDA, medians, and the words for a comparison."""
 
+import functools
 import itertools
 import math
 import statistics
@@ -75,11 +76,11 @@ class CudaStopwatch:
     def __init__(
         self, device: torch.device, warmup: int = 3, target_us: float = 1000.0, fewest: int = 3, most: int = 200
     ) -> None:
-        """Make the stream that all measurements of `device` run on; needs CUDA."""
+        """Take the stream that all measurements of `device` run on; needs CUDA."""
         self.device, self.warmup = device, warmup
         self.target_us, self.fewest, self.most = target_us, fewest, most
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream = _side_stream(torch.cuda.current_device())
         self._anchor: torch.cuda.CUDAGraph | None = None
 
     def load(self, label: str, calls: Sequence[Call], capture: bool = True) -> Measure:
@@ -192,6 +193,12 @@ def spread(values: Sequence[float]) -> float:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / statistics.median(values)
+
+
+@functools.lru_cache(maxsize=64)
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """Return the stream for measurements on a device: cuBLAS keeps a workspace for every stream it ever ran on."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def _run(calls: tuple[Call, ...], turns: int) -> None:
