@@ -150,7 +150,8 @@ def bands_to_join(kept: Tensor, height: int) -> int:
 
     A step over b rows and 128 tokens reads 2 (128 + b) bytes a column through L2 and multiplies 256 b times; an H200
     does about 107 floating-point operations in the time of one byte from L2 (4.5e12 and 4.2e10 a second and
-    multiprocessor). Joined bands read x less often, but multiply zeros where only one of them keeps a grain.
+    multiprocessor). Joined bands read x less often, but multiply zeros where only one of them keeps a grain. Those
+    zeros are stored too, so joining must save a fifth of the cost.
     """
     tokens, balance = 128, 107
     costs = {}
@@ -160,7 +161,8 @@ def bands_to_join(kept: Tensor, height: int) -> int:
         grains = int(merge_bands(kept, count).sum())
         costs[count] = grains * max(2 * (tokens + rows) * balance, 2 * tokens * rows)
         count *= 2
-    return min(costs, key=lambda count: (costs[count], count))
+    best = min(costs, key=lambda count: (costs[count], count))
+    return best if 5 * costs[best] <= 4 * costs[1] else 1
 
 
 def _launch(variant: _Variant, prepared: Prepared, x: Tensor, bias: Tensor | None, activation: int, y: Tensor) -> None:
