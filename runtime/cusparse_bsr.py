@@ -39,6 +39,11 @@ class BsrMatrix:
     block: int
 
     @property
+    def analysed(self) -> bool:
+        """False: the format has nothing to find."""
+        return False
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, padded to whole tiles."""
         return self.tiles[0] * self.block, self.tiles[1] * self.block

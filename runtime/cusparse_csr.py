@@ -32,6 +32,11 @@ class CsrMatrix:
 
     shape: tuple[int, int]
 
+    @property
+    def analysed(self) -> bool:
+        """True: algorithms 1 and 3 keep what they find."""
+        return True
+
     def create(self, calls: Calls, tensors: Sequence[Tensor]) -> int:
         """Return the descriptor."""
         addresses = [tensor.data_ptr() for tensor in tensors]

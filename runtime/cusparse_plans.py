@@ -4,9 +4,9 @@ A warmed call sets the stream, points the two dense descriptors at x and y, and 
 for or allocated, so it can be captured in a CUDA graph.
 
 Where they live: `Prepared` holds tensors only, and rightly (it is copied, moved and saved). A plan belongs to the
-process, like a compiled kernel. `Plans` finds it by the addresses of the weight's tensors and lets go of it when their
-storage dies: it holds weak references to the storages and compares them at every call, so a new tensor at an old
-address never meets an old plan.
+process, like a compiled kernel. `Plans` finds it by the addresses of the weight's tensors. It holds weak references to
+their storages (not to the tensors: PyTorch makes and drops aliases freely) and closes the plans of dead ones before it
+looks anything up, so a new tensor at an old address never meets an old plan.
 """
 
 import contextlib
@@ -40,6 +40,11 @@ class Matrix(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, padding included."""
+        ...
+
+    @property
+    def analysed(self) -> bool:
+        """Whether cuSPARSE gains from looking at the matrix before the first product: documented for CSR only."""
         ...
 
     def create(self, calls: Calls, tensors: Sequence[Tensor]) -> int:
@@ -99,7 +104,7 @@ class Plan:
             size = calls.size(f"cusparse{kind}_bufferSize", *self._assign)
             # Torch allocates it: it counts as torch's memory and lies in the graph's own pool under capture.
             self._workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=tensors[0].device)
-            if ready:
+            if ready and product.matrix.analysed:
                 calls.call(f"cusparse{kind}_preprocess", *self._assign, self._workspace.data_ptr())
             owned = made.pop_all()
         # Not at exit: by then the driver may be gone, and the process takes everything with it.
@@ -155,9 +160,6 @@ class _Entry:
     storages: tuple[weakref.ref[torch.UntypedStorage], ...]
     plans: dict[_Slot, Plan] = field(default_factory=dict)
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return all(ref() is tensor.untyped_storage() for ref, tensor in zip(self.storages, tensors, strict=True))
-
 
 def _warmed(entry: _Entry) -> Plan | None:
     """Give a graph that is being captured the plan of an eager stream, for good.
@@ -178,13 +180,14 @@ class Plans:
         self._lock = threading.Lock()
         self._handles: dict[int, int] = {}
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._captured: dict[_Key, _Entry] = {}
         self._dead: deque[_Key] = deque()
 
     def __len__(self) -> int:
         """Count the plans that are alive."""
         with self._lock:
             self._bury()
-            return sum(len(entry.plans) for entry in self._entries.values())
+            return sum(len(entry.plans) for entry in (*self._entries.values(), *self._captured.values()))
 
     def run(self, product: Product, tensors: Sequence[Tensor], x: Tensor, y: Tensor, add: bool) -> None:
         """Put y = A x, or y += A x with `add`, on the current stream; `x` and `y` lie as `product` says.
@@ -198,24 +201,26 @@ class Plans:
             # One lock over the handle's stream, the descriptors' addresses and the launch: they are one statement.
             with self._lock:
                 self._bury()
-                entry = self._entry(product, tensors)
+                key = (device, *(tensor.data_ptr() for tensor in tensors), product)
+                entry = self._entry(key, tensors)
                 plan = entry.plans.get((captured, stream)) or (_warmed(entry) if captured else None)
                 if plan is None:
                     # Under capture an analysis would not run now but at every replay, so it is left out.
                     addresses = (x.data_ptr(), y.data_ptr())
                     plan = Plan(self.calls, self._handle(device), product, tensors, *addresses, ready=not captured)
+                if captured and key in self._entries:
+                    self._captured[key] = self._entries.pop(key)
                 entry.plans[captured, stream] = plan
                 plan.launch(x.data_ptr(), y.data_ptr(), add, stream)
 
-    def _entry(self, product: Product, tensors: Sequence[Tensor]) -> _Entry:
-        key = (tensors[0].device, *(tensor.data_ptr() for tensor in tensors), product)
-        entry = self._entries.get(key)
-        if entry is not None and entry.holds(tensors):
-            self._entries.move_to_end(key)
-            return entry
+    def _entry(self, key: _Key, tensors: Sequence[Tensor]) -> _Entry:
+        entry = self._captured.get(key) or self._entries.get(key)
         if entry is not None:
-            self._close(key)
-        self._evict()
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return entry
+        while len(self._entries) >= self._most:
+            self._close(next(iter(self._entries)))
         storages = tuple(weakref.ref(t.untyped_storage(), lambda _: self._dead.append(key)) for t in tensors)
         entry = self._entries[key] = _Entry(storages)
         return entry
@@ -230,21 +235,13 @@ class Plans:
         """Close the plans of weights that died. Their death may come amid anything, so it only leaves a note."""
         while self._dead:
             key = self._dead.popleft()
-            entry = self._entries.get(key)
+            entry = self._captured.get(key) or self._entries.get(key)
             if entry is not None and any(ref() is None for ref in entry.storages):
                 self._close(key)
 
-    def _evict(self) -> None:
-        """Make room for one more."""
-        if len(self._entries) < self._most:
-            return
-        for key, entry in self._entries.items():
-            if not any(captured for captured, _ in entry.plans):
-                self._close(key)
-                return
-
     def _close(self, key: _Key) -> None:
-        for plan in self._entries.pop(key).plans.values():
+        entry = self._captured.pop(key, None) or self._entries.pop(key)
+        for plan in entry.plans.values():
             plan.close()
 
 

@@ -273,7 +273,8 @@ def test_aliases_of_a_weight_share_its_plan() -> None:
 
 def test_a_refusal_leaves_nothing_behind_and_names_the_call() -> None:
     for refused in ("cusparseSpMM_bufferSize", "cusparseSpMM_preprocess", "cusparseCreateDnMat", "cusparseCreateBsr"):
-        kernel, packed = over(CusparseBsr, FakeLibrary(refused=frozenset({refused}))), pack(Block(4, 4), 16, 16)
+        kind, pattern = (CusparseBsr, Block(4, 4)) if "Bsr" in refused else (CusparseCsr, Unstructured())
+        kernel, packed = over(kind, FakeLibrary(refused=frozenset({refused}))), pack(pattern, 16, 16)
         with pytest.raises(KernelError, match=f"{refused}: CUSPARSE_STATUS_NOT_SUPPORTED"):
             kernel.run(kernel.prepare(packed, spec_of(packed)), torch.randn(4, 16))
         assert fake_of(kernel).count(*DESCRIPTORS) == 0
@@ -373,6 +374,15 @@ def test_too_many_tokens_for_one_call_are_cut(monkeypatch: pytest.MonkeyPatch) -
     y = kernel.run(kernel.prepare(packed, spec_of(packed)), x, torch.ones(12))
     assert difference(y, x, unpack(packed), torch.ones(12)) is None
     assert fake_of(kernel).algorithms == [("SpMM", 12)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_rows_of_row_major_operands_start_at_16_bytes(dtype: torch.dtype) -> None:
+    kernel, packed = over(CusparseCsr), pack(Unstructured(), 12, 10, dtype)
+    kernel.run(chosen(kernel.prepare(packed, spec_of(packed)), "alg12.rows"), torch.randn(5, 10).to(dtype))
+    operands = [made for made in fake_of(kernel).living.values() if made.kind == "dense"]
+    assert [(made.rows, made.columns) for made in operands] == [(10, 5), (12, 5)]
+    assert all(made.order == 2 and made.leading * dtype.itemsize % 16 == 0 for made in operands)
 
 
 def test_the_chosen_algorithm_is_the_one_called() -> None:
