@@ -32,6 +32,7 @@ ORDER = (
     ("sources",),
     ("pipeline",),
     ("api",),
+    ("api_bench",),
     (FACADE,),
     ("cli",),
 )
