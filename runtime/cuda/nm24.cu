@@ -125,29 +125,34 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   uint4 a[STAGES][TILES][2];
   u32 places[STAGES][TILES];
   float d[TILES][GROUPS][4] = {};
-  auto begin = [&](int slot, int step) {
-    if (step < own.stop) {
+  auto begin_weights = [&](int slot, int step) {
+    if (step >= own.stop) return;
 #pragma unroll
-      for (int r = 0; r < TILES; r++) {
-        const u8* const record = tile[r] + (size_t)step * RECORD;
-        a[slot][r][0] = load_once((const uint4*)record + lane);
-        a[slot][r][1] = load_once((const uint4*)record + 32 + lane);
-        places[slot][r] = load_once((const u32*)record + 256 + lane);
-      }
-      copy_x<32>(ring + slot * X_BYTES, x, lane, own.tokens, columns, step);
+    for (int r = 0; r < TILES; r++) {
+      const u8* const record = tile[r] + (size_t)step * RECORD;
+      a[slot][r][0] = load_once((const uint4*)record + lane);
+      a[slot][r][1] = load_once((const uint4*)record + 32 + lane);
+      places[slot][r] = load_once((const u32*)record + 256 + lane);
     }
+  };
+  auto begin_x = [&](int slot, int step) {
+    if (step < own.stop) copy_x<32>(ring + slot * X_BYTES, x, lane, own.tokens, columns, step);
     commit_copies();
   };
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) begin(s, own.first + warp + s * WARPS);
+  for (int s = 0; s < STAGES - 1; s++) {
+    begin_weights(s, own.first + warp + s * WARPS);
+    begin_x(s, own.first + warp + s * WARPS);
+  }
   for (int step = own.first + warp; step < own.stop; step += STAGES * WARPS) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
-      const int now = step + s * WARPS;
+      const int now = step + s * WARPS, slot = (s + STAGES - 1) % STAGES;
       if (now >= own.stop) break;
+      begin_weights(slot, now + (STAGES - 1) * WARPS);
       wait_copies<STAGES - 2>();
-      __syncwarp();
-      begin((s + STAGES - 1) % STAGES, now + (STAGES - 1) * WARPS);
+      __syncwarp();  // x of this step is there, and no lane reads the slot that is filled next
+      begin_x(slot, now + (STAGES - 1) * WARPS);
 #pragma unroll
       for (int n = 0; n < GROUPS; n++) {
         u32 b[2][4];
