@@ -6,6 +6,7 @@ with every variant it names there. Whatever it raises ends this process; the par
 
 import dataclasses
 import faulthandler
+import functools
 import gc
 import importlib
 import json
@@ -150,7 +151,7 @@ def _wrong(kernel: Kernel, prepared: Prepared, trial: _Trial, tokens: int) -> st
         x = x.contiguous()
     rows = checked_rows(tokens)
     checked: Expected | None = None
-    for name in kernel.variants(spec, tokens):
+    for name in kernel.variants(spec, tokens) or ("",):
         trial.say(f"variant {name or 'only'!r} of {spec.out}x{spec.in_} with {tokens} tokens")
         poison = torch.full((tokens, spec.out), torch.nan, dtype=spec.dtype, device=spec.device)
         del poison  # the allocator hands this memory out next: entries that are never written stay NaN
@@ -167,22 +168,31 @@ def _wrong(kernel: Kernel, prepared: Prepared, trial: _Trial, tokens: int) -> st
 
 def _uncapturable(kernel: Kernel, prepared: Prepared, trial: _Trial) -> str | None:
     """Say why a CUDA graph cannot hold the kernel, or None. A capture that fails leaves this process unusable."""
-    trial.say("the capture in a CUDA graph")
-    x = _draw(trial.spec.tokens[0], trial.spec.in_, trial.spec.dtype, trial.spec.device)
-    graph = torch.cuda.CUDAGraph()
+    spec = trial.spec
     try:
-        with torch.cuda.device(trial.spec.device):
+        with torch.cuda.device(spec.device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a kernel may set itself up once a stream
-                kernel.run(prepared, x, trial.bias, trial.case.activation)
-            with torch.cuda.graph(graph, stream=stream):
-                kernel.run(prepared, x, trial.bias, trial.case.activation)
-            graph.replay()
-            torch.cuda.synchronize()
+            for tokens in dict.fromkeys(spec.tokens):
+                x = _draw(tokens, spec.in_, spec.dtype, spec.device)
+                for name in kernel.variants(spec, tokens) or ("",):
+                    trial.say(f"the capture of variant {name or 'only'!r} with {tokens} tokens in a CUDA graph")
+                    chosen = dataclasses.replace(prepared, variants=write_variants({tokens: name}))
+                    _capture(functools.partial(kernel.run, chosen, x, trial.bias, trial.case.activation), stream)
     except RuntimeError as error:
         return first_line(error)
     return None
+
+
+def _capture(call: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    """Capture one call and replay it. Raises RuntimeError."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a kernel may set itself up once a stream
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 def _draw(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """How calls are timed: stopwatches for CPU and CUDA, medians, and the words for a comparison."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -124,17 +125,18 @@ class CudaStopwatch:
 
     def _capture(self, calls: tuple[Call, ...], turns: int) -> torch.cuda.CUDAGraph | str:
         """Capture, or return in words why it cannot be done."""
-        before = torch.cuda.current_stream()
+        before, pool = torch.cuda.current_stream(), self._pool()
         graph = torch.cuda.CUDAGraph()
         try:
             # An error in another thread's CUDA work must not break this capture: thread_local.
-            with torch.cuda.graph(graph, pool=self._pool(), stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 _run(calls, turns)
         except torch.OutOfMemoryError:
             torch.cuda.set_stream(before)
             raise
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a capture that cannot end leaves its own stream current
+            _end_pool(torch.cuda.current_device(), pool)
             torch.cuda.synchronize()
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
         return graph
@@ -199,6 +201,17 @@ def spread(values: Sequence[float]) -> float:
 def _side_stream(index: int) -> torch.cuda.Stream:
     """Return the stream for measurements on a device: cuBLAS keeps a workspace for every stream it ever ran on."""
     return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+def _end_pool(index: int, pool: Any) -> None:
+    """Tell PyTorch's allocator that a capture which could not end is over.
+
+    Up to 2.11 it goes on believing in the capture, and the next time it frees memory it fails (PyTorch #180395).
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # a later PyTorch has told it already
+            end(index, pool)
 
 
 def _run(calls: tuple[Call, ...], turns: int) -> None:

@@ -43,8 +43,6 @@ class Faulty:
         y = finish(x @ prepared.tensors[0].T, bias, activation)
         if self.name == "crashes":
             ctypes.string_at(0)
-        elif self.name == "exits":
-            os._exit(3)
         elif self.name == "hangs":
             time.sleep(3600)
         elif self.name == "garbage":
