@@ -19,6 +19,7 @@ from sparsify_compiler.runtime.launch import Argument, Launcher, Program
 from sparsify_compiler.runtime.nm24 import Nm24Mma
 from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
 from sparsify_compiler.runtime.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm_mma import NmMma
 
 HOPPER = (9, 0)
 TOKENS = (1, 8, 16, 64, 700)
@@ -31,6 +32,8 @@ def cuda_kernels(launcher: Launcher) -> tuple[tuple[Kernel, Pattern], ...]:
         (Nm24Wgmma(launcher=launcher), NM(2, 4)),
         (NmGemv(launcher=launcher), NM(16, 32)),
         (NmGemv(launcher=launcher), NM(1, 8)),
+        (NmMma(launcher=launcher), NM(4, 8)),
+        (NmMma(launcher=launcher), NM(8, 32)),
         (BitmapGemv(launcher=launcher), Unstructured()),
         (BlockDecode(launcher=launcher), Block(128, 128)),
         (BlockDecode(launcher=launcher), Block(16, 16)),

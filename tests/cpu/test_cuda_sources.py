@@ -24,6 +24,7 @@ FUNCTIONS = (
     "nm24_wgmma_many",
     "tile_tokens",
     "nm_gemv",
+    "nm_mma",
     "bitmap_gemv",
     "block_decode",
 )
