@@ -19,6 +19,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import IO, Protocol
 
+import torch
+
 from sparsify_compiler.kernel import Activation, MatmulSpec
 
 CHILD = "sparsify_compiler.runtime.selftest_child"
@@ -79,12 +81,17 @@ def case_for(
         pattern=str(spec.pattern),
         density=round(spec.density, 2),
         tokens=spec.tokens,
-        device=str(spec.device),
+        device=str(spec.device) if spec.device.type != "cuda" else f"cuda:{_index(spec.device)}",
         run=spec.run,
         bias=bias,
         activation=activation,
         step_seconds=seconds,
     )
+
+
+def _index(device: torch.device) -> int:
+    """Return which GPU is meant: the child has a current one of its own."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class SelfTest:

@@ -11,7 +11,7 @@ from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime import selftest as selftest_module
 from sparsify_compiler.runtime.formats import unpack
-from sparsify_compiler.runtime.selftest import KERNELS, Outcome, SelfTest, case_for
+from sparsify_compiler.runtime.selftest import KERNELS, Case, Outcome, SelfTest, case_for
 from sparsify_compiler.runtime.selftest_child import answer, random_packed
 
 pytestmark = pytest.mark.usefixtures("child_processes")
@@ -134,11 +134,17 @@ def test_the_drawn_weight_has_the_pattern_and_about_the_density(pattern: Pattern
 
 def test_the_answer_is_the_same_without_a_process() -> None:
     steps: list[str] = []
+    passed: set[Case] = set()
     case = case_for("garbage", spec(), False, None, FIND)
-    outcome, usable = answer(case, steps.append)
+    outcome, usable = answer(case, passed, steps.append)
     assert "wrong result" in (outcome.refused or "")
     assert usable
     assert steps[0].startswith("the packing of 77x")
-    unknown, _ = answer(case_for("no_such", spec(), False, None), steps.append)
+    unknown, _ = answer(case_for("no_such", spec(), False, None), passed, steps.append)
     assert "kernel 'no_such'" in (unknown.refused or "")
-    assert answer(case_for("dense", spec(), False, None, KERNELS), steps.append) == (Outcome(), True)
+    assert answer(case_for("dense", spec(), False, None, KERNELS), passed, steps.append) == (Outcome(), True)
+    steps.clear()
+    assert answer(case_for("dense", spec(in_=80), False, None, KERNELS), passed, steps.append) == (Outcome(), True)
+    assert not any("77x" in step for step in steps)  # the small weight is tried once
+    assert answer(case_for("dense", spec(NM(1, 4)), False, None, KERNELS), passed, steps.append) == (Outcome(), True)
+    assert any("77x" in step for step in steps)
