@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <pthread.h>
 #include <sys/time.h>
 
 #include <algorithm>
@@ -45,6 +46,7 @@ struct Machine {
   Fiber* current = nullptr;
   u32 last_warp = 0, policy = 0;
   u64 random = 0;
+  pthread_t thread;
   jmp_buf scheduler;
   sigjmp_buf stopped;
 };
@@ -264,6 +266,11 @@ void describe(const u8* place, char* text, size_t size) {
 }
 
 void on_signal(int number, siginfo_t* info, void*) {
+  if (!pthread_equal(pthread_self(), machine.thread)) {  // the clock is the process's: any thread may be told
+    if (number == SIGVTALRM) pthread_kill(machine.thread, number);
+    else signal(number, SIG_DFL);
+    return;
+  }
   if (number == SIGVTALRM) fail("the launch ran for 100 s of processor time: an endless loop?");
   if (number == SIGFPE) fail("an integer division by zero");
   char text[160];
@@ -364,7 +371,7 @@ int run(const Launch& launch, Invoke invoke, const int* kinds, u32 count) {
     f->stack = new_stack();
     machine.pool.push_back(f);
   }
-  machine.current = nullptr;
+  machine.current = nullptr, machine.thread = pthread_self();
   place_arguments(kinds);
   machine.shared.assign(machine.blocks, {});
   for (Guarded& shared : machine.shared) shared.make(launch.shared_bytes, 0, 1024);
