@@ -12,6 +12,7 @@
 // ACTIVATION. Grid (row blocks * token tiles, SPLIT), WARPS * CHUNK_WARPS * 32 threads; shared memory as in nm_mma.py.
 #include "ptx.cuh"
 #include "epilogue.cuh"
+#include "offsets.cuh"
 #include "nm_octets.cuh"
 
 constexpr int THREADS = WARPS * CHUNK_WARPS * 32;
@@ -33,44 +34,76 @@ __device__ __forceinline__ Block this_block(int chunks, int tokens, int token_ti
           min(chunks, first + share)};
 }
 
-// Start copying the weights of one chunk for this warp: words, then masks, of its TILES tiles.
-__device__ __forceinline__ void copy_weights(u32 shared, const u8* words, const u8* masks, int tile, int tiles,
-                                             int chunks, int chunk) {
-  const int lane = threadIdx.x % 32;
+// Where this thread copies from, and to in a stage. Weights: words, then masks, of the warp's TILES tiles. x: eight
+// columns at octet o of lanes with c = lane % 4 lie at place 4 o + c of their token, in the other half of eight places
+// for odd tokens, so that lanes that read together meet no bank conflict.
+struct Copies {
+  const u8* words[TILES];
+  const u8* masks[TILES];
+  const u16* x;
+  int column, token;          // of x
+  u32 weights_to, x_to;       // bytes from the start of a stage
+};
+
+__device__ __forceinline__ Copies first_copies(const u8* words, const u8* masks, const u16* x, const Block& block,
+                                               int tiles, int chunks, int columns) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, j = threadIdx.x % (CHUNK_WARPS * 16);
+  Copies copies;
 #pragma unroll
   for (int r = 0; r < TILES; r++) {
     // Rows that do not exist are computed from the last ones that do, and not stored.
-    const size_t record = (size_t)min(tile + r, tiles - 1) * chunks + chunk;
+    const int tile = min(block.tile + warp % WARPS * TILES + r, tiles - 1);
+    const size_t record = (size_t)tile * chunks + block.first + warp / WARPS;
+    copies.words[r] = words + record * (WORDS * 256) + lane * 16;
+    copies.masks[r] = masks + record * 256 + lane % 16 * 16;
+  }
+  copies.column = block.first * 128 + j * 8;
+  copies.token = threadIdx.x / (CHUNK_WARPS * 16);
+  copies.x = x + (size_t)(block.token + copies.token) * columns + copies.column;
+  copies.weights_to = warp * (TILES * RECORD) + lane * 16;
+  const int place = (j % 4 * 4 + j % 16 / 4) ^ (copies.token % 2 * 4);
+  copies.x_to = WEIGHT_BYTES + ((copies.token * CHUNK_WARPS + j / 16) * 16 + place) * 16;
+  return copies;
+}
+
+// Start the copies of one step into `stage`, and move on to the next. `live`: the warp has a chunk in this step.
+__device__ __forceinline__ void copy(Copies& copies, u32 stage, const u16* x, bool live, int tokens, int columns) {
+  const int lane = threadIdx.x % 32;
+  if (live) {
 #pragma unroll
-    for (int first = 0; first < RECORD / 16; first += 32) {
-      const int i = first + lane;
-      if (i < WORDS * 16) copy_async(shared + r * RECORD + i * 16, words + record * (WORDS * 256) + i * 16);
-      else if (i < RECORD / 16) copy_async(shared + r * RECORD + i * 16, masks + record * 256 + (i - WORDS * 16) * 16);
+    for (int r = 0; r < TILES; r++) {
+      const u32 to = stage + copies.weights_to + r * RECORD;
+#pragma unroll
+      for (int i = 0; i < WORDS / 2; i++) copy_async(to + i * 512, copies.words[r] + i * 512);
+      if (WORDS % 2 && lane < 16) copy_async(to + WORDS / 2 * 512, copies.words[r] + WORDS / 2 * 512);
+      if (lane < 16) copy_async(to + WORDS * 256, copies.masks[r]);
+      copies.words[r] += CHUNK_WARPS * WORDS * 256;
+      copies.masks[r] += CHUNK_WARPS * 256;
     }
   }
+  const int valid = copies.column < columns ? 16 : 0;
+#pragma unroll
+  for (int t = 0; t < TOKENS; t += 2 * WARPS)
+    if (copies.token + t < tokens)
+      copy_async_kept(stage + copies.x_to + t * (CHUNK_WARPS * 256), valid ? copies.x + (size_t)t * columns : x, valid);
+  copies.x += CHUNK_WARPS * 128;
+  copies.column += CHUNK_WARPS * 128;
 }
 
-// Start copying x at the 128 CHUNK_WARPS columns from `chunk` on: eight columns at octet o of lanes with c = lane % 4
-// lie at place 4 o + c of their token, in the other half of eight places for odd tokens: no bank conflicts.
-__device__ __forceinline__ void copy_inputs(u32 shared, const u16* x, const Block& block, int columns, int chunk) {
-  for (int i = threadIdx.x; i < block.tokens * CHUNK_WARPS * 16; i += THREADS) {
-    const int t = i / (CHUNK_WARPS * 16), j = i % (CHUNK_WARPS * 16), column = chunk * 128 + j * 8;
-    const int place = (j % 4 * 4 + j % 16 / 4) ^ (t % 2 * 4), valid = column < columns ? 16 : 0;
-    const u16* source = x + (size_t)(block.token + t) * columns + (valid ? column : 0);
-    copy_async_kept(shared + ((t * CHUNK_WARPS + j / 16) * 16 + place) * 16, source, valid);
-  }
-}
-
-// Add one chunk: `weights` and `inputs` lie in shared memory.
-__device__ __forceinline__ void add_chunk(float (&sums)[TILES][EIGHTS][4], const u8* table, const u8* weights,
-                                          const u8* inputs, int tokens) {
-  const int lane = threadIdx.x % 32, q = lane / 4, c = lane % 4;
+// Add one chunk: `weights` and `inputs` are the addresses of this warp's share of a stage.
+__device__ __forceinline__ void add_chunk(float (&sums)[TILES][EIGHTS][4], u32 table, u32 weights, u32 inputs,
+                                          int tokens) {
+  const int lane = threadIdx.x % 32, c = lane % 4;
+  // Columns of the product that are no token are not stored. For few tokens they read the last one's x, together.
+  const int token = EIGHTS == 1 ? min(lane / 4, tokens - 1) : lane / 4, odd = token % 2;
+  const u32 line = inputs + token * (CHUNK_WARPS * 256) + c * 16;
+  const u32 places[2] = {line + odd * 64, line - odd * 64};  // of even octets and, with 64 an octet, of odd ones
   Row rows[TILES][2];
 #pragma unroll
   for (int r = 0; r < TILES; r++)
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      rows[r][half].mask = ((const u32*)(weights + r * RECORD + WORDS * 256))[half * 32 + lane];
+      rows[r][half].mask = read_word(weights + r * RECORD + (WORDS * 2 + half) * 128 + lane * 4);
 #pragma unroll
   for (int octet = 0; octet < 4; octet++) {
     u32 a[TILES][2][4];
@@ -79,18 +112,18 @@ __device__ __forceinline__ void add_chunk(float (&sums)[TILES][EIGHTS][4], const
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         u32 pairs[4];
-        expand(pairs, rows[r][half], table, weights + r * RECORD, octet, half);
+        expand(pairs, rows[r][half], {table, words_column(weights + r * RECORD)}, octet, half);
 #pragma unroll
         for (int j = 0; j < 4; j++) a[r][j / 2][j % 2 * 2 + half] = pairs[j];
       }
 #pragma unroll
     for (int n = 0; n < EIGHTS; n++) {
-      const int t = min(n * 8 + q, tokens - 1);  // columns of the product that are no token are not stored
-      const uint4 b = *(const uint4*)(inputs + (t * CHUNK_WARPS * 16 + ((octet * 4 + c) ^ (t % 2 * 4))) * 16);
+      u32 b[4];
+      load_shared(b, places[octet % 2] + octet * 64 + n * (CHUNK_WARPS * 2048));
 #pragma unroll
       for (int r = 0; r < TILES; r++) {
-        multiply(sums[r][n], a[r][0], b.x, b.y);
-        multiply(sums[r][n], a[r][1], b.z, b.w);
+        multiply(sums[r][n], a[r][0], b[0], b[1]);
+        multiply(sums[r][n], a[r][1], b[2], b[3]);
       }
     }
   }
@@ -129,7 +162,7 @@ __device__ __forceinline__ void store(const float (&sums)[TILES][EIGHTS][4], flo
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, THREADS <= 256 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS <= 256 && TILES * EIGHTS <= 4 ? 2 : 1)
 #if SPLIT > 1
     __cluster_dims__(1, SPLIT, 1)
 #endif
@@ -138,32 +171,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS <= 256 ? 2 : 1)
   const int warp = threadIdx.x / 32, part = warp / WARPS;  // `part`: which of CHUNK_WARPS neighbouring chunks
   const Block block = this_block(chunks, tokens, token_tiles);
   u8* memory = shared_memory();
-  u8* stages = memory + TABLE_BYTES;
-  const u32 stages_address = shared_address(stages);
-  const int tile = block.tile + warp % WARPS * TILES, mine = warp * (TILES * RECORD);
+  const u32 table = table_column(shared_address(memory)), stages = shared_address(memory + TABLE_BYTES);
   const int steps = (block.last - block.first + CHUNK_WARPS - 1) / CHUNK_WARPS;
 
-  auto copy = [&](int step) {
-    if (step < steps) {
-      const u32 stage = stages_address + step % STAGES * STAGE;
-      const int chunk = block.first + step * CHUNK_WARPS;
-      if (chunk + part < block.last) copy_weights(stage + mine, words, masks, tile, tiles, chunks, chunk + part);
-      copy_inputs(stage + WEIGHT_BYTES, x, block, columns, chunk);
-    }
+  Copies copies = first_copies(words, masks, x, block, tiles, chunks, columns);
+  int chunk = block.first + part;  // that this warp copies next
+  auto copy_next = [&](u32 stage, bool more) {
+    if (more) copy(copies, stage, x, chunk < block.last, block.tokens, columns);
+    chunk += CHUNK_WARPS;
     commit_copies();
   };
 #pragma unroll
-  for (int step = 0; step < STAGES - 1; step++) copy(step);
+  for (int step = 0; step < STAGES - 1; step++) copy_next(stages + step * STAGE, step < steps);
   fill_table(memory, THREADS);  // while the first copies are on their way
 
   float sums[TILES][EIGHTS][4] = {};
+  u32 filled = stages, free = stages + (STAGES - 1) * STAGE;
   for (int step = 0; step < steps; step++) {
     wait_copies<STAGES - 2>();
     __syncthreads();  // all threads' copies of this step are here, and the stage filled next is used no more
-    copy(step + STAGES - 1);
-    const u8* stage = stages + step % STAGES * STAGE;
+    copy_next(free, step + STAGES - 1 < steps);
     if (block.first + step * CHUNK_WARPS + part < block.last)
-      add_chunk(sums, memory, stage + mine, stage + WEIGHT_BYTES + part * 256, block.tokens);
+      add_chunk(sums, table, filled + warp * (TILES * RECORD), filled + WEIGHT_BYTES + part * 256, block.tokens);
+    free = filled;
+    filled = filled == stages + (STAGES - 1) * STAGE ? stages : filled + STAGE;
   }
   wait_copies<0>();
   __syncthreads();  // the sums overwrite the stages

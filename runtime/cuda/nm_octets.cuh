@@ -1,5 +1,5 @@
 // From the packed values of a lane's run of 32 columns to the registers of a product: four pairs for each octet.
-// runtime/nm_runs.py has the three orders of values. Needs ptx.cuh, GROUP and COUNT.
+// runtime/nm_runs.py has the three orders of values. Needs ptx.cuh, offsets.cuh, GROUP and COUNT.
 #pragma once
 
 constexpr int WORDS = 32 / GROUP * COUNT / 2;   // of a lane's run in one row
@@ -73,30 +73,40 @@ __device__ __forceinline__ void fill_table(u8* table, int threads) {
 
 // ---- pairs from values ----------------------------------------------------------------------------------------------
 
+// Places in shared memory that a lane reads, as addresses (shared_address).
+struct Lane {
+  u32 table;  // its column of the table
+  u32 words;  // its words of a record
+};
+
+__device__ __forceinline__ u32 table_column(u32 table) { return table + threadIdx.x % (PAIR ? 16 : 8) * (PAIR ? 8 : 16); }
+__device__ __forceinline__ u32 words_column(u32 record) { return record + threadIdx.x % 32 * (PAIR || ENDS ? 16 : 4); }
+
 // A row's run while its octets are expanded in order.
 struct Row {
   u32 mask;
-  const u8* next;  // GATHER: the lane's first word of the next octet
-  u32 left[4];     // GATHER: what the octets have left, zeros in the upper half
+  u32 next;     // GATHER: the lane's first word of the next octet
+  u32 left[4];  // GATHER: what the octets have left, zeros in the upper half
 };
 
-// 128 times byte `octet` of the mask.
-__device__ __forceinline__ u32 entry_offset(u32 mask, int octet) {
-  return (octet == 0 ? mask << 7 : mask >> (8 * octet - 7)) & 0x7f80;
+__device__ __forceinline__ u32 read_word(u32 shared) {
+  u32 word[1];
+  load_shared(word, shared);
+  return word[0];
 }
 
 // The words of a new group, and the value that each of its octets has left: the n-th left value of a group, found by
 // the odd octets before. Where the group's last words hold none, nothing selects them.
-__device__ __forceinline__ void open_group(Row& row, const u8* words) {
+__device__ __forceinline__ void open_group(Row& row, u32 words) {
   row.next = words;
 #if GROUP > 8
-  const u32 last = *(const u32*)(words + (COUNT / 2 - 1) * 128);
+  const u32 last = read_word(words + (COUNT / 2 - 1) * 128);
   const u32 first = last & 0xffff, second = last >> 16;
   row.left[0] = first;
 #if GROUP == 16
   row.left[1] = second;
 #else
-  const u32 before = COUNT > 2 ? *(const u32*)(words + (COUNT > 2 ? COUNT / 2 - 2 : 0) * 128) : 0;
+  const u32 before = COUNT > 2 ? read_word(words + (COUNT > 2 ? COUNT / 2 - 2 : 0) * 128) : 0;
   u32 parity = row.mask ^ (row.mask >> 4);
   parity ^= parity >> 2;
   parity ^= parity >> 1;
@@ -108,35 +118,34 @@ __device__ __forceinline__ void open_group(Row& row, const u8* words) {
 #endif
 }
 
-// Make the four pairs of octet `octet` (0 to 3, in order) of the run in row half `half`, from a record.
-__device__ __forceinline__ void expand(u32 (&pairs)[4], Row& row, const u8* table, const u8* record, int octet,
-                                       int half) {
-  const int lane = threadIdx.x % 32;
-  const u32 offset = entry_offset(row.mask, octet);
-  if (PAIR) {
-    const uint2 entry = *(const uint2*)(table + offset + lane % 16 * 8);
-    const u32 word = ((const u32*)record)[(octet / 2 * 32 + lane) * 4 + octet % 2 * 2 + half];
-    pairs[0] = permute(word, 0, entry.x);
-    pairs[1] = permute(word, 0, entry.x >> 16);
-    pairs[2] = permute(word, 0, entry.y);
-    pairs[3] = permute(word, 0, entry.y >> 16);
-    return;
-  }
-  const uint4 entry = *(const uint4*)(table + offset + lane % 8 * 16);
-  if (ENDS) {
-    const uint2 words = ((const uint2*)record)[(octet * 32 + lane) * 2 + half];
-    pairs[0] = permute(words.x, 0, entry.x);
-    pairs[1] = permute(shift_right(words.x, words.y, entry.z), 0, entry.x >> 16);
-    pairs[2] = permute(shift_left(words.x, words.y, entry.w), 0, entry.y >> 16);
-    pairs[3] = permute(words.y, 0, entry.y);
-    return;
-  }
+// Make the four pairs of octet `octet` (0 to 3, in order) of the run in row half `half`.
+__device__ __forceinline__ void expand(u32 (&pairs)[4], Row& row, const Lane& lane, int octet, int half) {
+  const u32 place = permute(row.mask, 0, 0x4440 + octet) * 128 + lane.table;
+#if GROUP == 8 && COUNT == 2
+  u32 entry[2];
+  load_shared(entry, place);
+  const u32 word = read_word(lane.words + octet / 2 * 512 + octet % 2 * 8 + half * 4);
+  pairs[0] = permute(word, 0, entry[0]);
+  pairs[1] = permute(word, 0, entry[0] >> 16);
+  pairs[2] = permute(word, 0, entry[1]);
+  pairs[3] = permute(word, 0, entry[1] >> 16);
+#elif GROUP == 8 && COUNT == 4
+  u32 entry[4], words[2];
+  load_shared(entry, place);
+  load_shared(words, lane.words + octet * 512 + half * 8);
+  pairs[0] = permute(words[0], 0, entry[0]);
+  pairs[1] = permute(shift_right(words[0], words[1], entry[2]), 0, entry[0] >> 16);
+  pairs[2] = permute(shift_left(words[0], words[1], entry[3]), 0, entry[1] >> 16);
+  pairs[3] = permute(words[1], 0, entry[1]);
+#else
   const int group = octet * 8 / GROUP, inside = octet % (GROUP / 8);
-  if (inside == 0) open_group(row, record + (group * 2 + half) * (COUNT / 2) * 128 + lane * 4);
+  if (inside == 0) open_group(row, lane.words + (group * 2 + half) * (COUNT / 2) * 128);
   const u32 left = GROUP > 8 ? row.left[inside] : 0;
-  pairs[0] = permute(*(const u32*)row.next, left, entry.x);
-  pairs[1] = permute(*(const u32*)(row.next + (entry.y >> 16)), left, entry.y);
-  pairs[2] = permute(*(const u32*)(row.next + (entry.z >> 16)), left, entry.z);
-  pairs[3] = permute(*(const u32*)(row.next + (entry.w >> 16)), left, entry.w);
-  row.next += entry.x >> 16;
+  u32 entry[4];
+  load_shared(entry, place);
+  pairs[0] = permute(read_word(row.next), left, entry[0]);
+#pragma unroll
+  for (int j = 1; j < 4; j++) pairs[j] = permute(read_word(row.next + (entry[j] >> 16)), left, entry[j]);
+  row.next += entry[0] >> 16;
+#endif
 }
