@@ -19,8 +19,10 @@ SHARED_BYTES = 227 * 1024
 MOST_STAGES = 8
 EACH_WAY = 4
 WORSE = 1.7
-MOST_SUMS = 128
-"""Float32 sums a thread holds: half of its registers."""
+MOST_SUMS, MOST_HELD = 128, 208
+"""Registers of a thread that may hold sums, and sums and weights: beyond, the compiler spills."""
+
+FRAGMENT_REGISTERS = 9
 
 TOKEN_TILES = (8, 16, 32, 64, 128, 256)
 ROW_TILES = (64, 128, 256, 512)
@@ -104,8 +106,9 @@ class Shape:
     @property
     def possible(self) -> bool:
         """Whether registers and shared memory suffice."""
-        least = 32 if self.many else 8
-        return self.tiles * self.tokens // 2 <= MOST_SUMS and self.stages >= 3 and self.tokens >= least
+        sums, sets = self.tiles * self.tokens // 2, 3 if self.way == "direct" else 2
+        fits = sums <= MOST_SUMS and sums + sets * FRAGMENT_REGISTERS * self.tiles <= MOST_HELD
+        return fits and self.stages >= 3 and self.tokens >= (32 if self.many else 8)
 
     def blocks(self, out: int, tokens: int) -> int:
         """Return the size of the grid."""
@@ -124,8 +127,8 @@ class Shape:
     def predicted_us(self, out: int, in_: int, tokens: int) -> float:
         """Return the time that the tightest limit allows: memory, L2, or shared memory with the launch's own cost.
 
-        64 columns of a block go to shared memory once, the weights (but of "direct") are read from it once and x once for
-        every 64 rows, at 128 bytes a clock; that is more than the tensor cores alone would take.
+        64 columns of a block go to shared memory once, the weights (but of "direct") are read from it once and x once
+        for every 64 rows, at 128 bytes a clock; that is more than the tensor cores alone would take.
         """
         chunks = -(-in_ // 64)
         token_tiles, row_tiles = -(-tokens // self.tokens), -(-out // self.rows)

@@ -55,7 +55,8 @@ __device__ __forceinline__ void keep_sums(float* sums, const float (&d)[TILES][T
   }
 }
 
-// Finish the sums of the block whose first row and token are given, and store them by 16 bytes where rows allow it.
+// Finish the sums of the block whose first row and token are given, and store them, by 16 bytes where the address of a
+// row allows it.
 __device__ __forceinline__ void store_sums(const float* sums, const u16* bias, u16* y, int first_row, int first_token,
                                            int out, int tokens) {
   const int rows = min(ROWS, out - first_row), count = min(TOKENS, tokens - first_token);
@@ -66,15 +67,21 @@ __device__ __forceinline__ void store_sums(const float* sums, const u16* bias, u
             from_float(finish(sums[token * PITCH + row], bias, first_row + row));
     return;
   }
-  for (int i = (int)threadIdx.x; i < count * (ROWS / 8); i += 128 * WARPGROUPS) {
-    const int token = i / (ROWS / 8), row = i % (ROWS / 8) * 8;
-    if (row >= rows) continue;
+  // A thread keeps its 8 rows, and so their bias, for all its tokens.
+  const int row = (int)threadIdx.x % (ROWS / 8) * 8;
+  if (row >= rows) return;
+  float added[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) added[j] = bias == nullptr ? 0.0f : to_float(bias[first_row + row + j]);
+  for (int token = (int)threadIdx.x / (ROWS / 8); token < count; token += 128 * WARPGROUPS / (ROWS / 8)) {
+    const float4 low = *(const float4*)(sums + token * PITCH + row);
+    const float4 high = *(const float4*)(sums + token * PITCH + row + 4);
+    const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     u32 pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const float* sum = sums + token * PITCH + row + 2 * j;
-      pairs[j] = from_float(finish(sum[0], bias, first_row + row + 2 * j));
-      pairs[j] |= (u32)from_float(finish(sum[1], bias, first_row + row + 2 * j + 1)) << 16;
+      pairs[j] = from_float(finish(values[2 * j] + added[2 * j], nullptr, 0));
+      pairs[j] |= (u32)from_float(finish(values[2 * j + 1] + added[2 * j + 1], nullptr, 0)) << 16;
     }
     *(uint4*)(y + (long long)(first_token + token) * out + first_row + row) =
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
