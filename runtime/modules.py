@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -40,6 +40,7 @@ class SparseLinear(nn.Module):
     """
 
     values: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -74,9 +75,11 @@ class SparseLinear(nn.Module):
         self.activation, self.run = activation, run
         for name in packed_tensors(packed.layout):
             self.register_buffer(name, packed.tensors[name])
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", own)
         self._prepared: tuple[str, ...] = ()
         self._kernel: Kernel = Dense()
+        self._held = Prepared("", packed.shape, ())
         self._running = Running("")
         if reason := self._prepare():
             raise KernelError(reason)
@@ -155,6 +158,7 @@ class SparseLinear(nn.Module):
         self._prepared = tuple(f"prepared_{index}" for index in range(len(prepared.tensors)))
         for name, tensor in zip(self._prepared, prepared.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=False)
+        self._held = Prepared(kernel.name, prepared.shape, prepared.tensors, self.variants)
         self._kernel, self._running = kernel, Running(kernel.name, reason)
         return reason
 
@@ -164,7 +168,8 @@ class SparseLinear(nn.Module):
         Raises:
             KernelError: the layer has no data yet, or `x` has another width, dtype or device.
         """
-        values = self.values
+        # A module looks its tensors up at a cost of a microsecond each, so here they are read where they lie.
+        values, bias = cast(Tensor, self._buffers["values"]), self._parameters["bias"]
         if not self._prepared or x.device != values.device:
             raise KernelError(self._unfit(x))
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -172,17 +177,20 @@ class SparseLinear(nn.Module):
             x = x.to(values.dtype)
         if x.shape[-1] != self.in_features or x.dtype != values.dtype:
             raise KernelError(self._unfit(x))
-        if opaque(x, self.bias):
-            tensors = list(self.prepared)
-            kernel, variants = self._running.kernel, self.variants
-            y = sparse_linear(x, tensors, self.bias, kernel, self.out_features, self.activation, variants)
+        if opaque(x, bias):
+            kernel, variants = self._held.kernel, self._held.variants
+            y = sparse_linear(x, list(self.prepared), bias, kernel, self.out_features, self.activation, variants)
         else:
-            buffers = cast(dict[str, Tensor], self._buffers)  # a module's own attribute lookup costs more than a launch
-            held = tuple(buffers[name] for name in self._prepared)
-            prepared = Prepared(self._running.kernel, (self.out_features, self.in_features), held, self.variants)
-            y = product(self._kernel, prepared, x, self.bias, self.activation)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else values.dtype
-        return cast(Tensor, y.to(dtype))
+            y = product(self._kernel, self._current(), x, bias, self.activation)
+        return cast(Tensor, y.to(torch.get_autocast_dtype(x.device.type))) if autocast else y
+
+    def _current(self) -> Prepared:
+        """Return what was prepared, with the tensors that `torch.func.functional_call` puts in their place, if any."""
+        held = self._held
+        for name, tensor in zip(self._prepared, held.tensors, strict=True):
+            if self._buffers[name] is not tensor:
+                return replace(held, tensors=self.prepared)
+        return held
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""

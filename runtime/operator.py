@@ -68,7 +68,7 @@ def opaque(x: Tensor, bias: Tensor | None) -> bool:
 
     Plain inference needs none, and on a CPU the operator's 25 us would be more than many a layer gains.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._is_tracing():
         return True
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return True

@@ -14,15 +14,19 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime import cpu_compiled
+from sparsify_compiler.runtime.block_gather import BlockGather
 from sparsify_compiler.runtime.formats import BitmapFormat, format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.numba_block import NumbaBlock
 from sparsify_compiler.runtime.numba_csr import WIDTHS, NumbaCsr, chosen_width, width_variants
 from sparsify_compiler.runtime.oracle import difference
 
-KERNELS: tuple[Kernel, ...] = (NumbaCsr(), NumbaBlock())
+COMPILED: tuple[Kernel, ...] = (NumbaCsr(), NumbaBlock())
+KERNELS: tuple[Kernel, ...] = (*COMPILED, BlockGather())
 CPU = torch.device("cpu")
-runs_here = pytest.mark.skipif(cpu_compiled.unavailable() is not None, reason=str(cpu_compiled.unavailable()))
+missing = pytest.mark.skipif(cpu_compiled.unavailable() is not None, reason=str(cpu_compiled.unavailable()))
+compiled = [pytest.param(kernel, marks=missing, id=kernel.name) for kernel in COMPILED]
+every = pytest.mark.parametrize("kernel", [*compiled, pytest.param(BlockGather(), id="block_gather")])
 
 
 @pytest.fixture
@@ -42,15 +46,14 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@runs_here
+@every
 @pytest.mark.parametrize("pattern", LAYOUT_PATTERNS, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_compiled_kernel_equals_float64_at_every_shape_and_token_count(kernel: Kernel, pattern: Pattern) -> None:
     for out, in_ in ((1, 1), (7, 5), (33, 70), (64, 48)):
         packed = pack(pattern, out, in_)
         spec = spec_for(packed, (1,))
         if reason := kernel.rejects(spec):
-            assert isinstance(kernel, NumbaBlock)
+            assert not isinstance(kernel, NumbaCsr)
             assert "block patterns" in reason or "multiples of 4" in reason
             return
         prepared = kernel.prepare(packed, spec)
@@ -60,8 +63,7 @@ def test_a_compiled_kernel_equals_float64_at_every_shape_and_token_count(kernel:
             assert difference(kernel.run(prepared, x, bias, activation), x, unpack(packed), bias, activation) is None
 
 
-@runs_here
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@every
 def test_every_variant_is_right_at_any_token_count_and_writes_every_output(kernel: Kernel) -> None:
     packed = pack(Block(8, 4), 43, 37, 0.8)
     prepared = kernel.prepare(packed, spec_for(packed, (1,)))
@@ -76,8 +78,7 @@ def test_every_variant_is_right_at_any_token_count_and_writes_every_output(kerne
         torch.use_deterministic_algorithms(False)
 
 
-@runs_here
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@every
 def test_empty_and_full_rows_and_an_empty_weight_are_computed(kernel: Kernel) -> None:
     weight, x = draw(12, 8), draw(5, 8)
     keep = torch.zeros(12, 8, dtype=torch.bool)
@@ -89,8 +90,7 @@ def test_empty_and_full_rows_and_an_empty_weight_are_computed(kernel: Kernel) ->
             assert difference(kernel.run(prepared, rows, draw(12)), rows, weight * mask, draw(12)) is None
 
 
-@runs_here
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@every
 def test_inputs_and_biases_of_any_strides_give_the_same_result(kernel: Kernel) -> None:
     packed = pack(Block(4, 4), 12, 8)
     prepared = kernel.prepare(packed, spec_for(packed, (1,)))
@@ -99,9 +99,9 @@ def test_inputs_and_biases_of_any_strides_give_the_same_result(kernel: Kernel) -
         assert difference(kernel.run(prepared, x, bias), x, unpack(packed), bias) is None
 
 
-@runs_here
+@missing
 @pytest.mark.parametrize("tokens", [1, 50])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", COMPILED, ids=lambda kernel: kernel.name)
 def test_the_bits_do_not_depend_on_the_number_of_threads(kernel: Kernel, tokens: int) -> None:
     packed = pack(Block(4, 8), 100, 96, 0.9)
     prepared, x = kernel.prepare(packed, spec_for(packed, (1,))), draw(tokens, 96)
@@ -117,8 +117,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(kernel: Kernel, tokens:
     assert torch.equal(results[0], results[2])
 
 
-@runs_here
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@every
 def test_many_python_threads_run_one_kernel_at_once(kernel: Kernel) -> None:
     packed = pack(Block(4, 4), 64, 64, 0.8)
     prepared = kernel.prepare(packed, spec_for(packed, (1,)))
@@ -139,11 +138,11 @@ def test_many_python_threads_run_one_kernel_at_once(kernel: Kernel) -> None:
     assert wrong == []
 
 
-@runs_here
+@missing
 def test_infinity_and_nan_pass_as_in_a_dense_product_of_the_kept_weights() -> None:
     packed = pack(Block(4, 4), 8, 8, 0.5)
     keep = unpack(packed) != 0
-    for kernel in KERNELS:
+    for kernel in COMPILED:
         prepared = kernel.prepare(packed, spec_for(packed, (1,)))
         for tokens in (1, 3):
             x = torch.ones(tokens, 8)
@@ -153,12 +152,16 @@ def test_infinity_and_nan_pass_as_in_a_dense_product_of_the_kept_weights() -> No
 
 def test_what_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     spec = MatmulSpec(64, 64, torch.bfloat16, Block(16, 16), 0.1, (1,), CPU)
-    for kernel in KERNELS:
+    for kernel in COMPILED:
         assert "computes in float32 alone" in (kernel.rejects(spec) or "")
         moved = dataclasses.replace(spec, device=torch.device("cuda", 0))
         assert "runs on a cpu; found cuda" in (kernel.rejects(moved) or "")
     single = dataclasses.replace(spec, dtype=torch.float32)
-    block = KERNELS[1]
+    block, gather = KERNELS[1:]
+    assert "runs block patterns; found 2:4" in (gather.rejects(dataclasses.replace(single, pattern=NM(2, 4))) or "")
+    assert "runs float32 and float64" in (gather.rejects(spec) or "")
+    assert "runs on a cpu" in (gather.rejects(dataclasses.replace(single, device=torch.device("cuda", 0))) or "")
+    assert "2048 tile rows" in (gather.rejects(dataclasses.replace(single, out=2**15)) or "")
     assert "runs block patterns; found 2:4" in (block.rejects(dataclasses.replace(single, pattern=NM(2, 4))) or "")
     odd = dataclasses.replace(single, pattern=Block(6, 4))
     assert "multiples of 4; found 6x4" in (block.rejects(odd) or "")
@@ -176,8 +179,9 @@ def test_what_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, fr
 def test_blocks_packed_as_a_bitmap_are_refused() -> None:
     weight = draw(8, 8)
     packed = BitmapFormat().pack(weight, torch.ones(8, 8, dtype=torch.bool), Unstructured())
-    with pytest.raises(KernelError, match="numba_block reads the layout 'block'; found 'bitmap'"):
-        NumbaBlock().prepare(packed, spec_for(packed, (1,)))
+    for kernel in KERNELS[1:]:
+        with pytest.raises(KernelError, match=f"{kernel.name} reads the layout 'block'; found 'bitmap'"):
+            kernel.prepare(packed, spec_for(packed, (1,)))
 
 
 def test_the_widths_worth_timing_fit_the_tokens() -> None:
