@@ -14,6 +14,8 @@
 #include "row_sums.cuh"
 
 constexpr int LOADS = 1 + KEPT / 2;                     // uint4 a lane and chunk: four masks, then the values
+// At 50 % and one or two tokens 64 registers are enough: 32 warps a multiprocessor, so that 14336 rows make one wave.
+constexpr int LEAST_BLOCKS = KEPT <= 16 && TOKENS <= 2 ? 32 / WARPS : 1;
 constexpr int TOKEN_WORDS = TOKENS == 1 ? 1 : TOKENS / 2;  // words a column of x: one float32, or pairs of tokens
 
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -54,7 +56,7 @@ __device__ __forceinline__ void step(Walk& walk) {
   walk.place += 4 * further;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, LEAST_BLOCKS)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
