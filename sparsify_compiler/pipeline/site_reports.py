@@ -28,19 +28,7 @@ def site_reports(
         size = site.groups * site.out * site.in_ * element
         outcome, rule = outcomes.get(site.name), decision.rule
         if outcome is None or rule is None:
-            reason = decision.reason or "no token of the calibration data reached it"
-            rows.append(
-                SiteReport(
-                    name=site.name,
-                    kind=site.kind,
-                    shape=site.shape,
-                    groups=site.groups,
-                    status="refused" if decision.refused else "dense",
-                    reason=reason,
-                    dense_bytes=size,
-                    packed_bytes=size,
-                )
-            )
+            rows.append(_unpruned(decision, size))
             continue
         verdict = verdicts.get(site.name)
         rows.append(
@@ -72,3 +60,17 @@ def site_reports(
             )
         )
     return tuple(rows)
+
+
+def _unpruned(decision: Decision, size: int) -> SiteReport:
+    site = decision.site
+    return SiteReport(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        groups=site.groups,
+        status="refused" if decision.refused else "dense",
+        reason=decision.reason or "no token of the calibration data reached it",
+        dense_bytes=size,
+        packed_bytes=size,
+    )

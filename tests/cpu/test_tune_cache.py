@@ -213,7 +213,9 @@ def test_an_entry_that_can_be_neither_read_nor_written_is_said(tmp_path: Path) -
     file.unlink()
     file.mkdir()
     (file / "in the way").touch()
-    with pytest.warns(UserWarning, match="ignoring the cache file") as warned:
+    with (
+        pytest.warns(UserWarning, match="ignoring the cache file"),
+        pytest.warns(UserWarning, match="what was measured cannot be kept"),
+    ):
         assert measure(tmp_path)[0].kernel == "sparse"
-    assert [str(warning.message).split(" ")[0] for warning in warned] == ["ignoring", "what"]
     assert list(tmp_path.iterdir()) == [file]
