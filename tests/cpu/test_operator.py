@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import skip_without_mkl
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -236,3 +237,36 @@ def test_a_layer_carries_the_run_its_weight_was_packed_with() -> None:
     x = torch.randn(2, 12)
     assert difference(sparse(x), x, weight * keep) is None
     assert spec_for(format_for(Unstructured()).pack(weight, keep, Unstructured()), (1,)).run is None
+
+
+def test_a_compiled_layer_follows_a_new_state_and_a_fallback() -> None:
+    skip_without_mkl("torch_csr")
+    torch._dynamo.reset()
+    first, second = (SparseLinear(packed(), torch.randn(24), "torch_csr") for _ in range(2))
+    second.values.mul_(2)
+    second.prepare()
+    run = torch.compile(first, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 16)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(run(x), first(x))
+            first.load_state_dict(second.state_dict(), assign=not grad)
+            assert torch.equal(run(x), first(x))
+            assert torch.equal(first(x), second(x))
+    with pytest.warns(UserWarning, match="it runs dense until"):
+        first.half()
+    assert torch.equal(run(x.half()), first(x.half()))
+    torch._dynamo.reset()
+
+
+def test_a_routed_name_finds_the_route_over_its_kernels() -> None:
+    skip_without_mkl("torch_csr")
+    routed = kernel_named("torch_csr@4+dense")
+    assert routed.name == "torch_csr@4+dense"
+    sparse = SparseLinear(packed(), torch.randn(24), "torch_csr@4+dense")
+    dense = SparseLinear(packed(), sparse.bias.detach())
+    for tokens in (1, 4, 5, 0):
+        x = torch.randn(tokens, 16)
+        torch.testing.assert_close(sparse(x), dense(x), rtol=0, atol=1e-5)  # 8 float32 terms of size 1
+    with pytest.raises(KernelError, match="kernel 'nothing'"):
+        kernel_named("nothing@4+dense")
