@@ -40,25 +40,24 @@ LAUNCH_US = 2.5
 
 Way = Literal["few", "many", "direct"]
 
-_NAME = re.compile(r"(few|many|direct)\.r(\d+)\.t(\d+)\.([sc])(\d+)")
+_NAME = re.compile(r"(few|many|direct)\.r(\d+)\.t(\d+)\.s(\d+)(?:\.c(\d+))?")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`rows` x `tokens` a block; `together` blocks make a cluster.
-
-    They share the columns out where `way` is "few", and x where it is another.
-    """
+    """`rows` x `tokens` a block; `split` blocks share the columns out, and `cluster` read x together (1 for "few")."""
 
     way: Way
     rows: int
     tokens: int
-    together: int
+    split: int
+    cluster: int = 1
 
     @property
     def name(self) -> str:
         """The variant's name, as `read_shape` reads it."""
-        return f"{self.way}.r{self.rows}.t{self.tokens}.{'c' if self.many else 's'}{self.together}"
+        cluster = f".c{self.cluster}" if self.many else ""
+        return f"{self.way}.r{self.rows}.t{self.tokens}.s{self.split}{cluster}"
 
     @property
     def many(self) -> bool:
@@ -107,22 +106,22 @@ class Shape:
     def possible(self) -> bool:
         """Whether registers and shared memory suffice."""
         sums, sets = self.tiles * self.tokens // 2, 3 if self.way == "direct" else 2
-        fits = sums <= MOST_SUMS and sums + sets * FRAGMENT_REGISTERS * self.tiles <= MOST_HELD
-        return fits and self.stages >= 3 and self.tokens >= (32 if self.many else 8)
+        most = MOST_SUMS if self.threads >= 256 else MOST_SUMS // 2  # 128 threads have as many copies each to address
+        fits = sums <= most and sums + sets * FRAGMENT_REGISTERS * self.tiles <= MOST_HELD
+        return fits and self.stages >= 3 and self.split * self.cluster <= 8 and (not self.many or self.tokens >= 32)
 
-    def blocks(self, out: int, tokens: int) -> int:
-        """Return the size of the grid."""
-        token_tiles = -(-tokens // self.tokens)
+    def grid(self, out: int, tokens: int) -> tuple[int, int, int]:
+        """Return the blocks along each axis."""
+        token_tiles, tall = -(-tokens // self.tokens), self.rows * self.cluster
         if self.many:
-            return self.together * -(-out // (self.rows * self.together)) * token_tiles
-        return self.together * -(-out // self.rows) * token_tiles
+            return self.cluster * -(-out // tall) * token_tiles, self.split, 1
+        return self.split * -(-out // tall) * token_tiles, 1, 1
 
     def defines(self) -> tuple[tuple[str, int], ...]:
         """Return what the sources are compiled with, beside the dtype and the activation."""
         sizes = (("WARPGROUPS", self.warpgroups), ("TILES", self.tiles), ("TOKENS", self.tokens))
-        if not self.many:
-            return (*sizes, ("STAGES", self.stages), ("SPLIT", self.together))
-        return (*sizes, ("STAGES", self.stages), ("CLUSTER", self.together), ("DIRECT", int(self.way == "direct")))
+        sizes = (*sizes, ("STAGES", self.stages), ("SPLIT", self.split))
+        return (*sizes, ("CLUSTER", self.cluster), ("DIRECT", int(self.way == "direct"))) if self.many else sizes
 
     def predicted_us(self, out: int, in_: int, tokens: int) -> float:
         """Return the time that the tightest limit allows: memory, L2, or shared memory with the launch's own cost.
@@ -134,14 +133,13 @@ class Shape:
         token_tiles, row_tiles = -(-tokens // self.tokens), -(-out // self.rows)
         weights, x = row_tiles * self.rows // 16 * chunks * RECORD_BYTES, token_tiles * self.tokens * chunks * 128
         memory = (out // 16 * chunks * RECORD_BYTES + 2 * tokens * (in_ + out)) / MEMORY_BYTES_PER_US
-        shared_by = self.together if self.many else 1
-        cache = (token_tiles * weights + row_tiles * x / shared_by) / CACHE_BYTES_PER_US
+        cache = (token_tiles * weights + row_tiles * x / self.cluster) / CACHE_BYTES_PER_US
         moved = self.tokens * 128 * (1 + self.rows // 64) + 2 * self._staged
         clocks = max(moved / SHARED_BYTES_PER_CLOCK, LEAST_CLOCKS_PER_CHUNK)
-        rounds = -(-self.blocks(out, tokens) // MULTIPROCESSORS)
-        steps = chunks if self.many else -(-chunks // self.together)
-        sums = 2 * self.rows * self.tokens * 4 / SHARED_BYTES_PER_CLOCK * (1 if self.together == 1 or self.many else 2)
-        busy = rounds * (steps * clocks + sums) / CLOCKS_PER_US
+        grid = self.grid(out, tokens)
+        rounds = -(-grid[0] * grid[1] // MULTIPROCESSORS)
+        sums = 2 * self.rows * self.tokens * 4 / SHARED_BYTES_PER_CLOCK * (1 if self.split == 1 else 2)
+        busy = rounds * (-(-chunks // self.split) * clocks + sums) / CLOCKS_PER_US
         tiling = (LAUNCH_US + 2 * x / MEMORY_BYTES_PER_US) if self.many else 0.0
         return LAUNCH_US + tiling + max(memory, cache, busy)
 
@@ -154,14 +152,14 @@ def read_shape(name: str) -> Shape:
         KernelError: it names no shape that can be compiled.
     """
     if match := _NAME.fullmatch(name):
-        shape = Shape(cast(Way, match[1]), int(match[2]), int(match[3]), int(match[5]))
-        together = CLUSTERS if shape.many else SPLITS
-        known = shape.rows in ROW_TILES and shape.tokens in TOKEN_TILES and shape.together in together
+        shape = Shape(cast(Way, match[1]), int(match[2]), int(match[3]), int(match[4]), int(match[5] or 1))
+        sides = shape.rows in ROW_TILES and shape.tokens in TOKEN_TILES
+        known = sides and shape.split in SPLITS and shape.cluster in CLUSTERS
         if known and shape.name == name and shape.possible:
             return shape
     raise KernelError(
-        f"nm24_wgmma has no variant {name!r}; one is few.r<rows>.t<tokens>.s<split>, many.r<rows>.t<tokens>.c<cluster> "
-        f"or direct.r<rows>.t<tokens>.c<cluster>; tune the layer again"
+        f"nm24_wgmma has no variant {name!r}; one is few.r<rows>.t<tokens>.s<split>, "
+        f"many.r<rows>.t<tokens>.s<split>.c<cluster> or direct.(the same); tune the layer again"
     )
 
 
@@ -173,13 +171,14 @@ def shapes_for(out: int, in_: int, tokens: int) -> tuple[Shape, ...]:
     """
     chunks = -(-in_ // 64)
     shapes = [
-        Shape(way, rows, tile, together)
+        Shape(way, rows, tile, split, cluster)
         for way in get_args(Way)
         for rows in ROW_TILES
         for tile in TOKEN_TILES
-        for together in (SPLITS if way == "few" else CLUSTERS)
+        for split in SPLITS
+        for cluster in ((1,) if way == "few" else CLUSTERS)
         if tile < 2 * max(tokens, 8)  # at most half of the last tile is padding
-        and (way != "few" or together <= max(1, chunks // 4))
+        and split <= max(1, chunks // 4)
     ]
     timed = [(shape.predicted_us(out, in_, tokens), shape) for shape in shapes if shape.possible]
     timed.sort(key=lambda pair: pair[0])

@@ -73,7 +73,7 @@ class Nm24Wgmma:
         shape = read_shape(name) if name else shapes_for(out, in_, tokens)[0]
         x = aligned_rows(x, round_up(in_, 8))
         bias = None if bias is None else bias.contiguous()
-        if shape.blocks(out, tokens) >= 2**31 or tokens >= 2**31 - 512:
+        if shape.grid(out, tokens)[0] >= 2**31 or tokens >= 2**31 - 512:
             raise KernelError(f"nm24_wgmma: {tokens} tokens of a weight {prepared.shape} are too many for one launch")
         defines = (*element_defines(x.dtype, activation), *shape.defines())
         self._launch(shape, defines, (records, x, bias, y), tokens)
@@ -88,11 +88,11 @@ class Nm24Wgmma:
     ) -> None:
         records, x, bias, y = tensors
         out, columns, chunks = y.shape[1], x.shape[1], records.shape[1]
-        grid = (shape.blocks(out, tokens), 1, 1)
+        grid = shape.grid(out, tokens)
         if not shape.many:
             program = Program("nm24_wgmma.cu", "nm24_wgmma", defines, "a")
-            arguments = (records, x, bias, y, out, columns, tokens, chunks)
-            self.launcher.launch(program, grid, shape.threads, shape.shared_bytes, arguments, x.device)
+            few = (records, x, bias, y, out, columns, tokens, chunks)
+            self.launcher.launch(program, grid, shape.threads, shape.shared_bytes, few, x.device)
             return
         count = -(-tokens // shape.tokens) * chunks
         tiles = torch.empty(count * shape.tokens * 128, dtype=torch.uint8, device=x.device)
@@ -100,5 +100,5 @@ class Nm24Wgmma:
         blocks = (count * (shape.tokens // 32), 1, 1)
         self.launcher.launch(tiling, blocks, TILING_THREADS, 0, (x, tiles, columns, tokens, chunks), x.device)
         program = Program("nm24_wgmma_many.cu", "nm24_wgmma_many", defines, "a")
-        arguments = (records, tiles, bias, y, out, tokens, chunks)
-        self.launcher.launch(program, grid, shape.threads, shape.shared_bytes, arguments, x.device)
+        many = (records, tiles, bias, y, out, tokens, chunks)
+        self.launcher.launch(program, grid, shape.threads, shape.shared_bytes, many, x.device)

@@ -87,3 +87,20 @@ __device__ __forceinline__ void store_sums(const float* sums, const u16* bias, u
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
+
+#if SPLIT > 1
+// The same where SPLIT blocks of the cluster, from rank `first_rank` on and `step` apart, have a part of each sum: they
+// are added in that order, and block `part` of them stores every SPLIT-th token.
+__device__ __forceinline__ void store_split(const float* sums, const u16* bias, u16* y, int first_row, int first_token,
+                                            int part, int first_rank, int step, int out, int tokens) {
+  const int rows = min(ROWS, out - first_row), count = min(TOKENS, tokens - first_token);
+  const u32 base = shared_address(sums);
+  for (int token = part; token < count; token += SPLIT)
+    for (int row = (int)threadIdx.x; row < rows; row += 128 * WARPGROUPS) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < SPLIT; i++) sum += read_cluster(base + (token * PITCH + row) * 4, first_rank + i * step);
+      y[(long long)(first_token + token) * out + first_row + row] = from_float(finish(sum, bias, first_row + row));
+    }
+}
+#endif

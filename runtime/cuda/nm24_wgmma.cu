@@ -62,22 +62,6 @@ __device__ __forceinline__ void fill(u32 slot, const u8* packed, const u8* x, co
   }
 }
 
-#if SPLIT > 1
-// Add the cluster's sums in the order of its blocks, each block for every SPLIT-th token, and store.
-__device__ __forceinline__ void store_split(const float* sums, const u16* bias, u16* y, const Tile& tile, int out,
-                                            int tokens) {
-  const int rows = min(ROWS, out - tile.row), count = min(TOKENS, tokens - tile.token);
-  const u32 base = shared_address(sums);
-  for (int token = tile.rank; token < count; token += SPLIT)
-    for (int row = (int)threadIdx.x; row < rows; row += THREADS) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int rank = 0; rank < SPLIT; rank++) sum += read_cluster(base + (token * PITCH + row) * 4, rank);
-      y[(long long)(tile.token + token) * out + tile.row + row] = from_float(finish(sum, bias, tile.row + row));
-    }
-}
-#endif
-
 // packed [ceil(out / 16)][chunks][1152], x (tokens, columns) of 16 bits, columns a multiple of 8, chunks of 64 columns;
 // bias (out,) or null; y (tokens, out). Blocks: SPLIT * row blocks * token tiles.
 extern "C" __global__ IN_CLUSTERS void __launch_bounds__(THREADS, 1)
@@ -126,7 +110,7 @@ extern "C" __global__ IN_CLUSTERS void __launch_bounds__(THREADS, 1)
   keep_sums((float*)shared, d);
 #if SPLIT > 1
   wait_cluster();
-  store_split((const float*)shared, bias, y, tile, out, tokens);
+  store_split((const float*)shared, bias, y, tile.row, tile.token, tile.rank, 0, 1, out, tokens);
   wait_cluster();  // no block ends while another reads its sums
 #else
   __syncthreads();

@@ -49,15 +49,18 @@ CASES: tuple[tuple[str, int, int, int, torch.dtype, bool, Activation | None], ..
     ("few.r128.t256.s1", 130, 70, 257, HALF, False, None),
     ("few.r256.t128.s1", 40, 700, 130, BRAIN, True, None),
     ("few.r64.t16.s8", 64, 64, 16, HALF, True, None),  # blocks of the cluster without a column
-    ("many.r64.t32.c1", 100, 200, 7, BRAIN, True, "relu"),
-    ("many.r128.t256.c4", 264, 640, 257, HALF, True, None),
-    ("many.r256.t64.c2", 600, 333, 130, BRAIN, False, "gelu"),
-    ("many.r512.t32.c2", 33, 70, 33, HALF, True, None),
+    ("many.r64.t32.s1.c1", 100, 200, 7, BRAIN, True, "relu"),
+    ("many.r128.t256.s1.c4", 264, 640, 257, HALF, True, None),
+    ("many.r256.t64.s1.c2", 600, 333, 130, BRAIN, False, "gelu"),
+    ("many.r512.t32.s1.c2", 33, 70, 33, HALF, True, None),
     ("few.r64.t8.s1", 1091, 8, 17, HALF, True, None),  # more row blocks than run together, and token tiles
-    ("many.r64.t32.c4", 1288, 8, 70, HALF, True, "relu"),
-    ("direct.r64.t32.c2", 100, 70, 37, HALF, True, "silu"),
-    ("direct.r128.t256.c4", 264, 700, 130, BRAIN, True, None),
-    ("direct.r256.t128.c1", 300, 130, 130, HALF, False, None),
+    ("many.r64.t32.s1.c4", 1288, 8, 70, HALF, True, "relu"),
+    ("direct.r64.t32.s1.c2", 100, 70, 37, HALF, True, "silu"),
+    ("direct.r128.t256.s1.c4", 264, 700, 130, BRAIN, True, None),
+    ("many.r64.t32.s2.c4", 520, 333, 37, HALF, True, "gelu"),
+    ("direct.r128.t64.s4.c2", 264, 700, 65, BRAIN, True, None),
+    ("direct.r64.t32.s8.c1", 70, 320, 33, HALF, True, None),  # parts without a column
+    ("direct.r256.t128.s1.c1", 300, 130, 130, HALF, False, None),
 )
 
 
@@ -94,7 +97,7 @@ def test_sparser_patterns_are_completed_with_zeros(pattern: Pattern) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", ["few.r128.t16.s4", "many.r128.t32.c2", "direct.r64.t32.c2"])
+@pytest.mark.parametrize("variant", ["few.r128.t16.s4", "many.r128.t32.s1.c2", "direct.r64.t32.s1.c2"])
 def test_results_do_not_depend_on_the_order_of_threads(variant: str) -> None:
     packed, x = pack(140, 640), torch.randn(20, 640).to(HALF)
     first, second, third = (compute(packed, x, variant, None, None, seed=seed) for seed in (2, 3, 4))
@@ -103,7 +106,7 @@ def test_results_do_not_depend_on_the_order_of_threads(variant: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", ["few.r64.t16.s1", "many.r64.t32.c1"])
+@pytest.mark.parametrize("variant", ["few.r64.t16.s1", "many.r64.t32.s1.c1"])
 def test_a_corrupted_weight_is_noticed(variant: str) -> None:
     packed, x = pack(64, 256), torch.randn(16, 256).to(HALF)
     values = packed.tensors["values"].clone()
@@ -121,11 +124,11 @@ MISTAKES = (
     ("nm24_wgmma.cu", "wait_copies_for_products<STAGES - 3>", "wait_copies_for_products<STAGES - 2>", "few.r64.t16.s1"),
     ("nm24_tiles.cuh", "  begin_products();\n", "", "few.r64.t16.s1"),
     ("nm24_tiles.cuh", "describe(x + 64)", "describe(x + 32)", "few.r64.t16.s1"),
-    ("nm24_wgmma_many.cu", "    wait_products<1>();\n", "", "many.r64.t64.c1"),
-    ("nm24_wgmma_many.cu", "    wait_products<1>();\n", "", "direct.r64.t64.c2"),
-    ("nm24_wgmma_many.cu", "    wait_barrier(ring.full + slot * 8, round);\n", "", "many.r64.t32.c1"),
-    ("nm24_wgmma_many.cu", "if (round > 0) wait_barrier", "if (round > 9) wait_barrier", "many.r64.t256.c2"),
-    ("nm24_wgmma_many.cu", "  wait_cluster();  // no block ends", "  // no block ends", "many.r64.t32.c4"),
+    ("nm24_wgmma_many.cu", "    wait_products<1>();\n", "", "many.r64.t64.s1.c1"),
+    ("nm24_wgmma_many.cu", "    wait_products<1>();\n", "", "direct.r64.t64.s1.c2"),
+    ("nm24_wgmma_many.cu", "    wait_barrier(ring.full + slot * 8, round);\n", "", "many.r64.t32.s1.c1"),
+    ("nm24_wgmma_many.cu", "if (round > 0) wait_barrier", "if (round > 9) wait_barrier", "many.r64.t256.s1.c2"),
+    ("nm24_wgmma_many.cu", "  wait_cluster();  // no block ends", "  // no block ends", "many.r64.t32.s1.c4"),
 )
 
 
@@ -185,9 +188,9 @@ def test_shapes_fit_the_gpu_and_their_names_read_back() -> None:
     names = (
         "",
         "few.r64.t8.s3",
-        "direct.r512.t64.c1",
+        "direct.r512.t64.s1.c1",
         "few.r512.t256.s1",
-        "many.r64.t8.c1",
+        "many.r64.t8.s1.c1",
         "few.r064.t8.s1",
         "many.r64.t32.s1",
     )
@@ -201,13 +204,13 @@ def test_predicted_times_follow_the_limits() -> None:
     least = 14336 // 16 * 64 * 1152 / 4.0e6
     assert least < shapes_for(14336, 4096, 1)[0].predicted_us(14336, 4096, 1) < least + 3
     # 8192 tokens: 3584 blocks in 28 rounds, 64 chunks of 96 KiB through shared memory each, and the sums.
-    shape = Shape("direct", 128, 256, 4)
+    shape = Shape("direct", 128, 256, 1, 4)
     clocks = 28 * (64 * 3 * 32768 / 128 + 2 * 128 * 256 * 4 / 128)
     assert shape.predicted_us(14336, 4096, 8192) == pytest.approx(clocks / 1750 + 5.0 + 2 * 8192 * 4096 * 2 / 4e6)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile for sm_90a")
-@pytest.mark.parametrize("name", ["few.r128.t64.s2", "direct.r128.t256.c4"])
+@pytest.mark.parametrize("name", ["few.r128.t64.s2", "direct.r128.t256.s1.c4"])
 def test_the_sources_compile_for_hopper_without_spills_or_serialised_products(name: str, tmp_path: Path) -> None:
     shape = read_shape(name)
     source = "nm24_wgmma_many" if shape.many else "nm24_wgmma"

@@ -5,8 +5,12 @@
 #pragma once
 
 #ifndef CLUSTER
-#define CLUSTER 1  // blocks of a cluster, all along x
+#define CLUSTER SPLIT  // blocks of a cluster along x, and none along y
 #endif
+
+namespace emulator {
+inline u32 cluster_rank() { return here->block.x % CLUSTER + here->block.y * CLUSTER; }
+}  // namespace emulator
 
 namespace emulator {
 
@@ -35,7 +39,7 @@ struct Products {  // of one thread
 static Products* products() {  // static: each kernel has its own
   static Products all[8][512];
   if (here->thread.x >= 512) fail("wgmma.cuh emulates at most 512 threads a block");
-  Products* own = &all[here->block.x % 8][here->thread.x];
+  Products* own = &all[cluster_rank()][here->thread.x];
   const Index block = here->block;
   if (own->block.x != block.x || own->block.y != block.y || own->block.z != block.z) *own = Products(), own->block = block;
   return own;
@@ -276,9 +280,9 @@ inline void wait_barrier(u32 barrier, int phase, int line = __builtin_LINE()) {
   emulator::wait_until("wait_barrier", line, emulator::phase_ended, &wait);
 }
 inline void copy_run(u32 shared, const void* global, int bytes, u32 barrier) {
-  emulator::copy_run(shared, global, bytes, barrier, emulator::here->block.x % CLUSTER);
+  emulator::copy_run(shared, global, bytes, barrier, emulator::cluster_rank());
 }
 inline void copy_run_to_all(u32 shared, const void* global, int bytes, u32 barrier, u32 blocks) {
-  for (u32 rank = 0; rank < CLUSTER; rank++)
+  for (u32 rank = 0; rank < 8; rank++)
     if ((blocks >> rank) & 1) emulator::copy_run(shared, global, bytes, barrier, rank);
 }
