@@ -33,11 +33,13 @@ MOST_CLUSTER = 8
 _INCLUDE = re.compile(r'#include "([\w.]+)"')
 _CLUSTER = re.compile(r"__cluster_dims__\(\s*(\w+)\s*,\s*(\w+)\s*,\s*(\w+)\s*\)")
 _SANITIZE = "alignment,null,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero"
-# Libraries of many kernels live in one process: nothing of one may be taken for the same name of another.
-_ALONE = ("-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
-_FLAGS = ("-std=c++17", "-O1", "-g0", *_ALONE, "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fcf-protection=none")
+_FLAGS = ("-std=c++17", "-O1", "-g0", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fcf-protection=none")
+# Libraries of many kernels live in one process: nothing of one may be taken for the same name of another. All use the
+# one library of the machine, and so its stacks.
+_ALONE = ("-fvisibility=hidden", "-fno-gnu-unique")
 _KERNEL_FLAGS = (
     *_FLAGS,
+    *_ALONE,
     *("-fno-strict-aliasing", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern", f"-fsanitize={_SANITIZE}"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused", "-Werror=uninitialized", "-Werror=return-type"),
 )
@@ -252,12 +254,12 @@ def _cache() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _machine() -> tuple[Path, str]:
-    """Build the machine itself once; return the object file and a hash of all it is made of."""
+    """Build the machine itself once; return its library and a hash of all it is made of."""
     texts = [(EMULATOR / name).read_bytes() for name in ("machine.h", "fibers.h", "cuda.h", "machine.cpp")]
     digest = hashlib.sha256(b"".join([*texts, repr(_KERNEL_FLAGS).encode()])).hexdigest()[:24]
-    target = _cache() / f"machine-{digest}.o"
+    target = _cache() / f"machine-{digest}.so"
     if not target.exists():
-        command = ["g++", *_FLAGS, "-c", str(EMULATOR / "machine.cpp")]
+        command = ["g++", *_FLAGS, "-shared", str(EMULATOR / "machine.cpp")]
         _compile(command, target, "the emulator's machine")
     return target, digest
 
@@ -272,7 +274,7 @@ def _build(text: str, what: str) -> Path:
             source.write_text(text, encoding="utf-8")
             compiled = Path(folder) / "kernel.o"
             _compile(["g++", *_KERNEL_FLAGS, f"-I{EMULATOR}", "-c", str(source)], compiled, what)
-            # Without -fsanitize here: machine.o has the functions that the checks call.
+            # Without -fsanitize here: the machine has the functions that the checks call.
             _compile(["g++", "-shared", "-Wl,-Bsymbolic", str(compiled), str(machine)], target, what)
     return target
 

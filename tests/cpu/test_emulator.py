@@ -413,6 +413,14 @@ def test_views_of_one_tensor_share_memory_and_strides_are_kept(run: Bench) -> No
     assert torch.equal(base, expected)
 
 
+def test_tensors_that_lie_side_by_side_are_told_apart(run: Bench) -> None:
+    base = torch.arange(96, dtype=torch.int32)
+    first, second, third = base[:32], base[32:64], base[64:]
+    run("int* y, const int* x, const int* z) { y[threadIdx.x] = x[threadIdx.x] + z[0]; }", [second, first, third])
+    expected = torch.cat([torch.arange(32), torch.arange(32) + 64, torch.arange(64, 96)])
+    assert torch.equal(base, expected.int())
+
+
 def test_what_no_gpu_would_launch_is_refused(run: Bench) -> None:
     y, body = ints(4), "int* y) {}"
     for reason, changed in (

@@ -320,7 +320,7 @@ void place_arguments(const int* kinds) {
     if (launch.tensor[i] == 0 || launch.values[i] == 0) continue;
     for (u32 m = 0; m < launch.memory_count; m++) {
       const u64 offset = launch.values[i] - (u64)launch.memories[m].start;
-      if (offset > launch.memories[m].bytes) continue;
+      if (offset >= launch.memories[m].bytes) continue;  // one that begins where this ends is the next
       machine.values[i] = (u64)(machine.memories[m].start + offset);
       if (kinds[i] == write_kind && launch.tensor[i] == 2) memset((void*)machine.values[i], 0xff, launch.extents[i]);
       break;
