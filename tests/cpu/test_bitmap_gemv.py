@@ -150,11 +150,11 @@ def test_bias_and_activation_are_fused(activation: Activation) -> None:
 
 @needs_compiler
 def test_every_variant_is_right_and_gives_equal_bits_each_time() -> None:
-    packed = pack(64, 4100, 0.1)
-    spec = dataclasses.replace(H200, out=64, in_=4100)
+    packed = pack(64, 2100, 0.1)
+    spec = dataclasses.replace(H200, out=64, in_=2100)
     names = {name for tokens in (1, 8) for name in KERNEL.variants(spec, tokens)}
-    assert {name.split(".")[0] for name in names} == {"split1", "split2", "split4", "split8"}
-    for number, name in enumerate(sorted(names)):
+    assert {name.split(".")[0] for name in names} == {"split1", "split2", "split4"}
+    for number, name in enumerate(sorted(names | {"split8.tokens1"})):
         y = check(packed, 1 + number % 3, name)
         other = check(packed, 1 + number % 3, name, kernel=BitmapGemv(launcher=EmulatedLauncher(seed=number)))
         assert torch.equal(y, other)
@@ -165,7 +165,7 @@ def test_a_row_wider_than_a_cluster_holds_is_done_in_turns() -> None:
     in_ = 8 * MOST_SPAN + 100
     packed = pack(3, in_, 0.01)
     assert KERNEL.prepare(packed, spec_for(packed, (1,))).tensors[1].shape[1] == 16
-    check(packed, 1)
+    check(packed, 1, "split2.tokens1")
     check(packed, 2, "split1.tokens2")
 
 
