@@ -88,7 +88,7 @@ class BitmapGemv:
         span, columns = span_of(in_, parts), round_up(in_, 8)
         shared = max(span * max(4, 2 * cut.tokens), strands.warps * cut.tokens * 128)
         blocks = strands.firsts.shape[0] * cut.split
-        x = aligned_rows(x, columns)
+        x, bias = aligned_rows(x, columns), None if bias is None else bias.contiguous()
         for start, stop in token_slices(tokens, cut.tokens):
             grid = (blocks, -(-(stop - start) // cut.tokens), 1)
             sizes = (stop - start, out, columns, span, parts)

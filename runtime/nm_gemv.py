@@ -89,7 +89,7 @@ class NmGemv:
         program = Program("nm_gemv.cu", "nm_gemv", (*defines, *element_defines(x.dtype, activation)))
         shared = cut.warps * max(512 * max(1, cut.tokens // 2), 128 * cut.tokens)
         columns = round_up(in_, 8)
-        x = aligned_rows(x, columns)
+        x, bias = aligned_rows(x, columns), None if bias is None else bias.contiguous()
         for start, stop in token_slices(tokens, cut.tokens):
             grid = (tiles * cut.split, -(-(stop - start) // cut.tokens), 1)
             arguments = (words, x[start:stop], bias, y[start:stop], stop - start, out, columns, chunks)

@@ -153,7 +153,8 @@ def test_views_with_any_strides_are_accepted() -> None:
     prepared = KERNEL.prepare(packed, spec_for(packed, (8,)))
     base = torch.randn(16, 160).half()
     for x in (base[::8, ::2][:, :72], base.T[:2, :].repeat(1, 5)[:, :72], base[0, :72].expand(2, 72), base[1:3, 5:77]):
-        assert difference(KERNEL.run(prepared, x), x, unpack(packed)) is None
+        bias = torch.randn(66).half()[::2]
+        assert difference(KERNEL.run(prepared, x, bias), x, unpack(packed), bias) is None
 
 
 def test_no_launch_is_made_for_no_tokens() -> None:
