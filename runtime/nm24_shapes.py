@@ -120,8 +120,9 @@ class Shape:
     def defines(self) -> tuple[tuple[str, int], ...]:
         """Return what the sources are compiled with, beside the dtype and the activation."""
         sizes = (("WARPGROUPS", self.warpgroups), ("TILES", self.tiles), ("TOKENS", self.tokens))
-        sizes = (*sizes, ("STAGES", self.stages), ("SPLIT", self.split))
-        return (*sizes, ("CLUSTER", self.cluster), ("DIRECT", int(self.way == "direct"))) if self.many else sizes
+        ring = (("STAGES", self.stages), ("SPLIT", self.split))
+        shared = (("CLUSTER", self.cluster), ("DIRECT", int(self.way == "direct")))
+        return (*sizes, *ring, *shared) if self.many else (*sizes, *ring)
 
     def predicted_us(self, out: int, in_: int, tokens: int) -> float:
         """Return the time that the tightest limit allows: memory, L2, or shared memory with the launch's own cost.
