@@ -146,7 +146,10 @@ def _ask(child: "_Child", case: Case, first_limit: float) -> tuple[Outcome, bool
         except queue.Empty:
             return Outcome(f"its self-test hung for {limit:.0f} s at {step}", lasting=False), False
         if line is None:
-            return Outcome(f"its self-test {child.death()} at {step}"), False
+            words, lasting = child.death()
+            return Outcome(f"its self-test {words} at {step}", lasting), False
+        if not line.endswith(b"\n"):  # its end came in the middle of an answer
+            continue
         answer = json.loads(line)
         if "step" in answer:
             step, limit = answer["step"], case.step_seconds
@@ -190,16 +193,21 @@ class _Child:
         except OSError:  # its end is read from `lines`, with the reason
             return
 
-    def death(self) -> str:
-        """Say how it ended."""
-        code = self.process.wait()
+    def death(self) -> tuple[str, bool]:
+        """Say how it ended, and whether it would again: what kills from outside is most often a lack of memory."""
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return "stopped answering", False
         self.threads[1].join(timeout=5)
         printed = [line.decode(errors="replace").strip() for line in self.printed]
         if code < 0:
             known = {entry.value: entry.name for entry in signal.Signals}
-            return f"crashed ({known.get(-code, f'signal {-code}')})"
+            return f"crashed ({known.get(-code, f'signal {-code}')})", known.get(-code) != "SIGKILL"
         last = next((line for line in reversed(printed) if line), "it said nothing")
-        return f"ended with code {code} ({last[:200]})"
+        return f"ended with code {code} ({last[:200]})", True
 
     def end(self) -> None:
         """Close its input, which ends it, or kill it where it does not listen."""

@@ -68,6 +68,13 @@ def answer(case: Case, passed: set[Case], say: Say) -> tuple[Outcome, bool]:
     """
     device = torch.device(case.device)
     try:
+        torch.zeros(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # a build without CUDA, a GPU that one process has for itself, or one without memory left
+        return Outcome(f"its self-test cannot use {device}: {first_line(error)}", lasting=False), False
+    try:
         outcome = examine(case, passed, say)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

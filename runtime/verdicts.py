@@ -126,7 +126,9 @@ def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) ->
         words = _words(with_dense, choice.parts, measured)
         if dense_copy:
             return Choice(with_dense, words)
-        return Choice(choice.parts, f"{choice.reason}; not taken for the memory of a dense copy: {words}")
+        return Choice(
+            choice.parts, f"{choice.reason}; not taken for the memory of a dense copy (dense_copy allows it): {words}"
+        )
     return choice
 
 

@@ -1,6 +1,8 @@
 """A kernel that crashes, hangs or lies is refused in words by a child process, and the next one is still tried."""
 
+import dataclasses
 import gc
+import sys
 import time
 from collections.abc import Iterator
 
@@ -56,6 +58,23 @@ def test_a_kernel_that_hangs_is_given_up_after_the_limit() -> None:
         assert not outcome.lasting
         assert time.perf_counter() - start < 60  # the import of torch, and the limit
         assert child._child is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_child_killed_from_outside_may_be_luckier_next_time(child: SelfTest) -> None:
+    outcome = child.test("is_killed", spec(), False, None)
+    assert "crashed (SIGKILL)" in (outcome.refused or "")
+    assert not outcome.lasting
+
+
+def test_a_device_that_the_child_cannot_use_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    case = dataclasses.replace(case_for("dense", spec(), False, None), device="cuda:0")
+    outcome, usable = answer(case, set(), lambda step: None)
+    assert (outcome.refused or "").startswith("its self-test cannot use cuda:0: ")
+    assert not outcome.lasting
+    assert not usable
 
 
 def test_wrong_and_unwritten_results_are_refused(child: SelfTest) -> None:

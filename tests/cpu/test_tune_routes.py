@@ -77,7 +77,9 @@ def test_dense_is_no_part_without_leave_but_the_reason_says_what_it_would_give()
     script = times(dense=(10, 10, 10), few=(4, 5, 40))
     verdict, _ = decide(script, Fake("few"), tokens=COUNTS)
     assert verdict.kernel == "dense"
-    assert "not taken for the memory of a dense copy: few@16+dense: faster, 1.58x" in verdict.reason  # 30 / 19
+    assert (
+        "not taken for the memory of a dense copy (dense_copy allows it): few@16+dense: faster, 1.58x" in verdict.reason
+    )  # 30 / 19
     allowed, _ = decide(script, Fake("few"), tokens=COUNTS, dense_copy=True)
     assert allowed.kernel == "few@16+dense"
     assert allowed.reason.startswith("few@16+dense: faster, 1.58x")
