@@ -20,7 +20,8 @@ from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_
 from sparsify_compiler.runtime.variants import variant_for
 
 TABLE_BYTES = 32768
-MOST_BLOCKS = 2**31 - 1
+MOST_WARPS = 16
+"""Warps of a block: 128 registers a thread."""
 _FULL_GPU = 132
 """Multiprocessors of the GPU that the first choice is made for (H200); the tuner measures others."""
 _SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -71,11 +72,12 @@ class NmMma:
         best = _choose(order, tiles, chunks, eights, clusters, room)
         cuts = [
             _fit(_Cut(held, warps, shared, split, 6), order, eights, room)
-            for held in ((1, 2) if eights == 1 else (1, 2, 4))
-            for warps, shared in ((8, 1), (7, 1), (4, 2), (4, 1), (2, 4))
+            for held in (1, 2)
+            for warps, shared in ((8, 1), (7, 1), (4, 1), (4, 2))
             for split in ((1, 2, 4, 8) if clusters else (1,))
         ]
-        useful = [cut for cut in cuts if cut and _worth(cut, tiles, chunks, eights, tokens)]
+        least = _FULL_GPU // 2 if clusters else 1
+        useful = [cut for cut in cuts if cut and _worth(cut, tiles, chunks, -(-tokens // (8 * eights)), least)]
         return tuple(dict.fromkeys(str(cut) for cut in (best, *useful)))
 
     def prepare(self, packed: Packed, spec: MatmulSpec) -> Prepared:
@@ -101,9 +103,9 @@ class NmMma:
         y = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
         if not tokens or not out:
             return y
-        order, eights, columns = order_of(words), _eights(tokens), round_up(in_, 8)
+        order, columns = order_of(words), round_up(in_, 8)
         tiles, chunks = words.shape[:2]
-        cut = _cut(prepared.variants, order, tiles, chunks, tokens, x.device)
+        cut, eights = _cut(prepared.variants, order, tiles, chunks, tokens, x.device)
         defines = (
             *(("GROUP", order.group), ("COUNT", order.count), ("TILES", cut.tiles), ("WARPS", cut.warps)),
             *(("CHUNK_WARPS", cut.chunks), ("SPLIT", cut.split), ("STAGES", cut.stages), ("EIGHTS", eights)),
@@ -134,41 +136,58 @@ def _expected_order(spec: MatmulSpec) -> RunOrder:
 
 
 def _choose(order: RunOrder, tiles: int, chunks: int, eights: int, clusters: bool, room: int) -> _Cut:
-    """Eight warps a block, two tiles each from 17 tokens on; columns are shared until two blocks are on every SM."""
-    held = 1 if eights <= 2 else 2
-    warps, shared = (8, 1) if clusters or tiles >= 8 * _FULL_GPU else (2, 4)
-    blocks, split = -(-tiles // (held * warps)), 1
-    while clusters and split < 8 and 2 * split * blocks <= 2 * _FULL_GPU and 4 * split * shared <= chunks:
-        split *= 2
-    most = room if held > 1 else room // 2 - 1024  # two blocks a multiprocessor, each with 1 KiB the driver takes
-    wanted = _Cut(held, warps, shared, split, 6)
-    cut = _fit(wanted, order, eights, most) or _fit(wanted, order, eights, room)
-    return cut or _Cut(1, 2, 1, split, 2)
+    """Two blocks of eight warps a multiprocessor where they fit; with clusters the columns are shared until all run.
+
+    From 17 tokens on a warp takes two tiles, which halves the reads of x from shared memory. Without clusters, warps of
+    a block share the columns.
+    """
+    half = room // 2 - 1024  # two blocks a multiprocessor, each with 1 KiB the driver takes
+    wanted = {1: (1, 8, 1, half), 2: (1, 8, 1, half), 4: (2, 4, 1, half), 8: (2, 8, 1, room)}[eights]
+    smaller: tuple[tuple[int, int, int, int], ...] = ((1, 4, 1, room), (1, 2, 1, room))
+    if not clusters:
+        wanted, smaller = (2 if eights > 2 else 1, 2, 4, room), ((1, 4, 2, room), (1, 2, 2, room), *smaller)
+    for held, warps, shared, most in (wanted, *smaller):
+        blocks, split = -(-tiles // (held * warps)), 1
+        places = _FULL_GPU * (2 if most == half else 1)
+        while clusters and split < 8 and 2 * split * blocks <= places and 4 * split * shared <= chunks:
+            split *= 2
+        if cut := _fit(_Cut(held, warps, shared, split, 6), order, eights, most):
+            return cut
+    return _Cut(1, 2, 1, 1, 2)  # 81 KiB at 64 tokens and full groups
 
 
-def _fit(cut: _Cut, order: RunOrder, eights: int, room: int) -> _Cut | None:
-    """Return `cut` with as many of its stages as fit `room` bytes, three at least; None where they do not."""
-    for stages in range(cut.stages, 2, -1):
+def _fit(cut: _Cut, order: RunOrder, eights: int, room: int, least: int = 3) -> _Cut | None:
+    """Return `cut` with as many of its stages as fit `room` bytes, `least` of them; None where they do not."""
+    for stages in range(cut.stages, least - 1, -1):
         fewer = _Cut(cut.tiles, cut.warps, cut.chunks, cut.split, stages)
         if fewer.shared_bytes(order, eights) <= room:
             return fewer
     return None
 
 
-def _worth(cut: _Cut, tiles: int, chunks: int, eights: int, tokens: int) -> bool:
-    """Whether a cut leaves every warp a chunk and starts between half a block and five blocks a multiprocessor."""
-    blocks = -(-tiles // (cut.tiles * cut.warps)) * cut.split * -(-tokens // (eights * 8))
-    return cut.split * cut.chunks <= chunks and _FULL_GPU // 2 <= blocks <= 5 * _FULL_GPU
+def _worth(cut: _Cut, tiles: int, chunks: int, token_tiles: int, least: int) -> bool:
+    """Whether a cut leaves every warp a chunk and starts `least` blocks to four a multiprocessor."""
+    blocks = -(-tiles // (cut.tiles * cut.warps)) * cut.split
+    return cut.split * cut.chunks <= chunks and least <= blocks * token_tiles and blocks <= 4 * _FULL_GPU
 
 
-def _cut(variants: str, order: RunOrder, tiles: int, chunks: int, tokens: int, device: torch.device) -> _Cut:
-    """Return the variant measured best for `tokens`, or the kernel's own choice."""
+def _cut(
+    variants: str, order: RunOrder, tiles: int, chunks: int, tokens: int, device: torch.device
+) -> tuple[_Cut, int]:
+    """Return the variant measured best for `tokens`, or the kernel's own choice, and the eights of tokens of a block.
+
+    A variant measured for fewer tokens may leave no room for as many as could be taken; then it takes fewer.
+    """
     clusters, name = can_cluster(device), variant_for(variants, tokens)
     room = 1024 * (_SHARED.get(torch.cuda.get_device_capability(device), 99) if device.type == "cuda" else 227)
+    eights = _eights(tokens)
     if not name:
-        return _choose(order, tiles, chunks, _eights(tokens), clusters, room)
+        return _choose(order, tiles, chunks, eights, clusters, room), eights
     match = _VARIANT.fullmatch(name)
     cut = _Cut(*(int(number) for number in match.groups())) if match else None
-    if cut is None or (cut.split > 1 and not clusters) or cut.shared_bytes(order, _eights(tokens)) > room:
-        raise KernelError(f"nm_mma cannot run variant {name!r} on this device; compile the model again for it")
-    return cut
+    if cut and (clusters or cut.split == 1) and cut.warps * cut.chunks <= MOST_WARPS:
+        while eights:
+            if fitting := _fit(cut, order, eights, room, least=2):
+                return fitting, eights
+            eights //= 2
+    raise KernelError(f"nm_mma cannot run variant {name!r} on this device; compile the model again for it")
