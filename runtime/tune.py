@@ -14,6 +14,7 @@ measurement. In this order, and each step may refuse a kernel with its reason in
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
@@ -97,9 +98,11 @@ def tune(
     if cache and (known := cache.verdict(key)):
         return known
     watch = stopwatch or stopwatch_for(spec.device)
-    job = job_for(packed, spec, bias, activation, watch, budget)
     gate = _Gate(tester, cache, spec, bias is not None, activation)
-    verdict, lasting = _tune(job, dense, [kernel for kernel in kernels if kernel is not dense], gate, dense_copy)
+    others = [kernel for kernel in kernels if kernel is not dense]
+    with torch.no_grad(), torch.autocast(spec.device.type, enabled=False):  # as the layers run their kernels
+        job = job_for(packed, spec, bias, activation, watch, budget)
+        verdict, lasting = _tune(job, dense, others, gate, dense_copy)
     release(spec.device)
     if cache and lasting:
         cache.keep_verdict(key, verdict)

@@ -186,3 +186,20 @@ def test_the_default_budget_is_bounded() -> None:
     budget = Budget()
     assert budget.seconds <= 1
     assert budget.variant_seconds <= 60
+
+
+def test_what_the_caller_has_switched_on_does_not_reach_the_kernels() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    @dataclass(frozen=True)
+    class Watching(Fake):
+        def run(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return super().run(*arguments)  # type: ignore[arg-type]
+
+    bias = torch.zeros(12, requires_grad=True)
+    script = Script({("dense", 1): [10.0], ("sparse", 1): [5.0]})
+    kernels = (Fake("dense"), Watching("sparse"))
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        assert tune(packed(), spec_for(packed(), (1,)), kernels, bias, stopwatch=script).kernel == "sparse"
+    assert set(seen) == {(False, False)}
