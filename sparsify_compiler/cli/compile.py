@@ -17,6 +17,7 @@ from sparsify_compiler.export.report_rows import printable, size
 from sparsify_compiler.export.report_text import render_report, verification_words
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.workspace import Workspace
+from sparsify_compiler.runtime.cache import default_folder
 
 RESUME = "segments that were finished are kept: give the same command with --resume to go on"
 
@@ -46,6 +47,8 @@ def compile_verb(
     onnx_flavour: opt.FlavourOption = "packed",
     kv_cache: opt.KvCache = False,
     no_onnx: opt.NoOnnx = False,
+    no_cache: opt.NoCache = False,
+    dense_copy: opt.DenseCopy = False,
     trust: opt.Trust = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -65,6 +68,8 @@ def compile_verb(
             onnx=not no_onnx,
             onnx_flavour=onnx_flavour,
             kv_cache=kv_cache,
+            cache=None if no_cache else default_folder(),
+            dense_copy=dense_copy,
         )
         choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
         request = CompileRequest(model, chosen, options, calibration, heldout, choice, trust)

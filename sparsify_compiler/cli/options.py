@@ -100,3 +100,7 @@ KvCache = Annotated[bool, typer.Option("--kv-cache", help="A decoder's past keys
 NoOnnx = Annotated[bool, typer.Option("--no-onnx", help="Write the torch artefact only.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow inputs that run code: .pt2 and package.module:factory.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure kernels anew; neither read nor keep verdicts.")]
+DenseCopy = Annotated[
+    bool, typer.Option("--dense-copy", help="Let a layer keep its dense weight too, for token counts where dense wins.")
+]

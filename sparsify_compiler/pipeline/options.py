@@ -1,12 +1,13 @@
 """What a user may choose about a compile run, beside the recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.runtime.cache import default_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -18,7 +19,9 @@ class Options:
     `output` is the folder to write, None for nothing on disk. `dtype` is the compiled model's (pruning itself runs on
     the model as given). `device` is "auto", "cpu", "cuda" or "cuda:N": where calibration runs and kernels are
     measured. `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs.
-    `require_sparse` turns every pruned site that stays on a dense kernel into an error.
+    `require_sparse` turns every pruned site that stays on a dense kernel into an error. `cache` is the folder that
+    keeps what was measured for later runs on the same machine and versions (None: measure everything anew).
+    `dense_copy` lets a layer keep its dense weight beside the sparse one, for the token counts at which dense wins.
     """
 
     output: Path | None = None
@@ -33,6 +36,8 @@ class Options:
     onnx_flavour: Literal["packed", "dense", "trt"] = "packed"
     kv_cache: bool = False
     recalibrate_batchnorm: bool = True
+    cache: Path | None = field(default_factory=default_folder)
+    dense_copy: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -67,7 +67,7 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
     packed, files, verification, forms = _write(job, pruned, verdicts, reference)
     _move(pruned.module, device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
-    tuner = Tuner(job.options.tokens, job.options.torch_dtype(), device)
+    tuner = _tuner(job, device)
 
     def build(part: Lowerable, kernel: str) -> nn.Module:
         name = part.site.name
@@ -158,6 +158,18 @@ def _folded_batchnorm(module: nn.Module) -> bool:
     return any("batch_norm" in str(node.target) for node in nodes)
 
 
+def _tuner(job: Job, device: torch.device) -> Tuner:
+    options = job.options
+    return Tuner(
+        options.tokens,
+        options.torch_dtype(),
+        device,
+        job.progress,
+        cache=options.cache,
+        dense_copy=options.dense_copy,
+    )
+
+
 def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lowerable], dict[str, str]]:
     """Tune every site that could run sparse; the rest with the reason why not."""
     device = job.options.torch_device()
@@ -165,7 +177,7 @@ def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lo
     why_dense = {name: part for name, part in found.items() if isinstance(part, str)}
     parts = {name: part for name, part in found.items() if not isinstance(part, str)}
     patterns = {name: parse_pattern(pruned.sites[name].pattern) for name in parts}
-    with job.stage("tune"), Tuner(job.options.tokens, job.options.torch_dtype(), device, job.progress) as tuner:
+    with job.stage("tune"), _tuner(job, device) as tuner:
         inputs = _conv_inputs(job, pruned, parts)
         for name in [name for name, part in parts.items() if _is_conv(part) and name not in inputs]:
             why_dense[name] = "the first calibration batch does not reach it, so there is no input to measure it on"
