@@ -1,7 +1,7 @@
-// y = x Wᵀ with a 2:4 W by sparse warpgroup products, for many tokens: a cluster of CLUSTER blocks, one above the other,
-// reads x once for all. tile_tokens.cu brings x to whole tiles first, so that a tile comes in as one run of bytes: each
-// block asks for its share and the copy engine writes it to every block of the cluster. A warpgroup of its own (its first
-// warp) keeps the STAGES slots filled; the others only wait for a slot, multiply, and give it back to all blocks.
+// y = x Wᵀ with a 2:4 W by sparse warpgroup products, for many tokens: CLUSTER blocks, one above the other, read x once
+// for all. tile_tokens.cu brings x to whole tiles first, so that a tile comes in as one run of bytes: each block asks for
+// its share and the copy engine writes it to all of them. A warpgroup of its own (its first warp) keeps the STAGES slots
+// filled; the others only wait for a slot, multiply, and give it back to all blocks.
 //
 // Weights come the same way, or, with DIRECT, from memory to the registers of the warp that multiplies them, two slots
 // ahead: shared memory is what limits these products (x is read from it once for every 64 rows), so it is spared.
@@ -167,8 +167,7 @@ extern "C" __global__ IN_CLUSTERS void __launch_bounds__(128 * WARPGROUPS + 128,
 #if WARPGROUPS == 2
     give_registers<40>();
 #endif
-    if (threadIdx.x < 128 * WARPGROUPS + 32)
-      fill_slots(ring, packed, tiles, task, chunks, out);
+    if (threadIdx.x < 128 * WARPGROUPS + 32) fill_slots(ring, packed, tiles, task, chunks, out);
     __syncthreads();
 #if SPLIT == 1
     __syncthreads();

@@ -10,8 +10,8 @@
 // [128 bytes], 0 past the last token and column. A thread moves 16 bytes; BLOCKS_PER_TILE blocks for each tile.
 extern "C" __global__ void __launch_bounds__(256)
     tile_tokens(const u8* x, u8* tiles, int columns, int tokens, int chunks) {
-  const int tile = (int)blockIdx.x / BLOCKS_PER_TILE, piece = (int)blockIdx.x % BLOCKS_PER_TILE * 256 + (int)threadIdx.x;
-  const int within = piece / 8, h = piece % 8;
+  const int tile = (int)blockIdx.x / BLOCKS_PER_TILE;
+  const int piece = (int)blockIdx.x % BLOCKS_PER_TILE * 256 + (int)threadIdx.x, within = piece / 8, h = piece % 8;
   const int token = tile / chunks * TOKENS + within, column = tile % chunks * 64 + h * 8;
   uint4 values = make_uint4(0, 0, 0, 0);
   if (token < tokens && column < columns)

@@ -51,7 +51,8 @@ __device__ __forceinline__ u64 describe(u32 shared) {
   return (swizzle_128_bytes << 62) | ((bytes_per_8_tokens >> 4) << 32) | (1u << 16) | ((shared & 0x3ffffu) >> 4);
 }
 
-#define WGMMA_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define WGMMA_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define WGMMA_NAMES_4 "%0, %1, %2, %3"
 #define WGMMA_NAMES_8 WGMMA_NAMES_4 ", %4, %5, %6, %7"
 #define WGMMA_NAMES_16 WGMMA_TEN() "%10, %11, %12, %13, %14, %15"

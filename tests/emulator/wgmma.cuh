@@ -1,7 +1,8 @@
 // The functions of runtime/cuda/wgmma.cuh in plain C++: see there for what each one does.
 //
 // A product reads a, places and b when its batch is waited for, as late as the hardware may; its sums are NaN until no
-// batch that adds to them is left. So a slot or a register used again too early, a missing wait and a missing fence show.
+// batch that adds to them is left. So a slot or a register used again too early, a missing wait or a missing
+// begin_products shows. A run of bytes is copied when a thread waits for its barrier.
 #pragma once
 
 #ifndef CLUSTER
@@ -41,7 +42,8 @@ static Products* products() {  // static: each kernel has its own
   if (here->thread.x >= 512) fail("wgmma.cuh emulates at most 512 threads a block");
   Products* own = &all[cluster_rank()][here->thread.x];
   const Index block = here->block;
-  if (own->block.x != block.x || own->block.y != block.y || own->block.z != block.z) *own = Products(), own->block = block;
+  const bool same = own->block.x == block.x && own->block.y == block.y && own->block.z == block.z;
+  if (!same) *own = Products(), own->block = block;
   return own;
 }
 
@@ -106,7 +108,7 @@ inline void do_product(Products** threads, int number) {
       const u32 pair = words[2 * (group / 4) + low];
       const u32 word = *quad[2 * holder.selector + group / 4]->waiting[number].places;
       const u32 bits = (word >> (16 * low + 4 * (group % 4))) & 15u, one = bits & 3u, two = bits >> 2;
-      if (one >= two) fail("a sparse product: row %d, group %d keeps places %u, %u: not ascending", row, group, one, two);
+      if (one >= two) fail("a sparse product: row %d, group %d: places %u, %u do not ascend", row, group, one, two);
       const double first_value = to_float((u16)(pair & 0xffffu)), second_value = to_float((u16)(pair >> 16));
       const float *x = b + (4 * group + one) * 256, *z = b + (4 * group + two) * 256;
       for (int token = 0; token < first.tokens; token++)
@@ -243,7 +245,8 @@ inline bool phase_ended(void* context) {
   const BarrierWait* wait = (const BarrierWait*)context;
   land(wait->barrier);
   const int ended = wait->barrier->phase - wait->phase;
-  if (ended < 0 || ended > 1) fail("wait_barrier: phase %d, but %d have ended: parity cannot tell", wait->phase, wait->barrier->phase);
+  if (ended < 0 || ended > 1)
+    fail("wait_barrier: phase %d, but %d have ended: parity cannot tell", wait->phase, wait->barrier->phase);
   return ended == 1;
 }
 
