@@ -75,19 +75,15 @@ def _tests(rows: list[SurveyRow]) -> Text:
 
 
 def _reasons(survey: Survey) -> Iterable[RenderableType]:
-    found: dict[tuple[str, str], list[SurveyRow]] = {}
+    """Say every reason once, with the kernels that gave it: what each found stands in --json."""
+    found: dict[str, dict[str, None]] = {}
     for row in survey.rows:
         if row.refused is not None:
-            found.setdefault((row.kernel, row.refused), []).append(row)
+            found.setdefault(row.refused.split("; found ")[0], {})[row.kernel] = None
     if found:
         yield Text("\nWhy not", style="bold")
-    total = {row.kernel: sum(other.kernel == row.kernel for other in survey.rows) for row in survey.rows}
-    for (kernel, reason), rows in found.items():
-        if len(rows) == total[kernel]:
-            yield bullet(_plain(f"{kernel}: {reason}"))
-            continue
-        kinds = ", ".join(dict.fromkeys(row.dtype for row in rows))
-        yield bullet(_plain(f"{kernel}: {reason} ({_patterns(rows, survey.rows)} in {kinds})"))
+    for reason, kernels in found.items():
+        yield bullet(_plain(f"{reason}: {', '.join(kernels)}"))
 
 
 def _ends(survey: Survey) -> Iterable[RenderableType]:
