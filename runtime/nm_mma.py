@@ -136,13 +136,15 @@ def _expected_order(spec: MatmulSpec) -> RunOrder:
 
 
 def _choose(order: RunOrder, tiles: int, chunks: int, eights: int, clusters: bool, room: int) -> _Cut:
-    """Two blocks of eight warps a multiprocessor where they fit; with clusters the columns are shared until all run.
+    """Two blocks a multiprocessor where they fit; with clusters the columns are shared until all places are taken.
 
-    From 17 tokens on a warp takes two tiles, which halves the reads of x from shared memory. Without clusters, warps of
-    a block share the columns.
+    Where reads of x from shared memory weigh much (more tokens, fewer weights) a warp takes two tiles, which halves
+    them, and a block four warps. Without clusters, warps of a block share the columns.
     """
     half = room // 2 - 1024  # two blocks a multiprocessor, each with 1 KiB the driver takes
-    wanted = {1: (1, 8, 1, half), 2: (1, 8, 1, half), 4: (2, 4, 1, half), 8: (2, 8, 1, room)}[eights]
+    wanted = (2, 8, 1, room) if eights == 8 else (2, 4, 1, half)
+    if eights == 1 and order.count > 0.38 * order.group:
+        wanted = (1, 8, 1, half)
     smaller: tuple[tuple[int, int, int, int], ...] = ((1, 4, 1, room), (1, 2, 1, room))
     if not clusters:
         wanted, smaller = (2 if eights > 2 else 1, 2, 4, room), ((1, 4, 2, room), (1, 2, 2, room), *smaller)

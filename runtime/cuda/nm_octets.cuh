@@ -6,6 +6,7 @@ constexpr int WORDS = 32 / GROUP * COUNT / 2;   // of a lane's run in one row
 constexpr int RECORD = (2 * WORDS + 2) * 128;   // bytes of a tile's chunk: words, then masks
 constexpr int TABLE_BYTES = 256 * 128;          // 128 bytes a mask: the entry once for every lane that reads together
 constexpr bool PAIR = GROUP == 8 && COUNT == 2, ENDS = GROUP == 8 && COUNT == 4;
+constexpr bool HELD = GROUP > 8 && COUNT == 4;  // GATHER, but two words are cheaper kept in registers
 
 // ---- the table: for each mask of an octet, how to make its pairs ----------------------------------------------------
 
@@ -86,6 +87,7 @@ __device__ __forceinline__ u32 words_column(u32 record) { return record + thread
 struct Row {
   u32 mask;
   u32 next;     // GATHER: the lane's first word of the next octet
+  u32 held[2];  // GATHER in two words: the first of the next octet, and the one after it
   u32 left[4];  // GATHER: what the octets have left, zeros in the upper half
 };
 
@@ -101,12 +103,13 @@ __device__ __forceinline__ void open_group(Row& row, u32 words) {
   row.next = words;
 #if GROUP > 8
   const u32 last = read_word(words + (COUNT / 2 - 1) * 128);
+  if (HELD) row.held[0] = read_word(words), row.held[1] = last;
   const u32 first = last & 0xffff, second = last >> 16;
   row.left[0] = first;
 #if GROUP == 16
   row.left[1] = second;
 #else
-  const u32 before = COUNT > 2 ? read_word(words + (COUNT > 2 ? COUNT / 2 - 2 : 0) * 128) : 0;
+  const u32 before = HELD ? row.held[0] : COUNT > 2 ? read_word(words + (COUNT > 2 ? COUNT / 2 - 2 : 0) * 128) : 0;
   u32 parity = row.mask ^ (row.mask >> 4);
   parity ^= parity >> 2;
   parity ^= parity >> 1;
@@ -143,6 +146,13 @@ __device__ __forceinline__ void expand(u32 (&pairs)[4], Row& row, const Lane& la
   const u32 left = GROUP > 8 ? row.left[inside] : 0;
   u32 entry[4];
   load_shared(entry, place);
+  if (HELD) {
+    pairs[0] = permute(row.held[0], left, entry[0]);
+#pragma unroll
+    for (int j = 1; j < 4; j++) pairs[j] = permute(entry[j] >> 16 ? row.held[1] : row.held[0], left, entry[j]);
+    if (entry[0] >> 16) row.held[0] = row.held[1];  // one word on; after two there is none to select
+    return;
+  }
   pairs[0] = permute(read_word(row.next), left, entry[0]);
 #pragma unroll
   for (int j = 1; j < 4; j++) pairs[j] = permute(read_word(row.next + (entry[j] >> 16)), left, entry[j]);
