@@ -255,12 +255,12 @@ def _cache() -> Path:
 @functools.lru_cache(maxsize=1)
 def _machine() -> tuple[Path, str]:
     """Build the machine itself once; return its library and a hash of all it is made of."""
-    texts = [(EMULATOR / name).read_bytes() for name in ("machine.h", "fibers.h", "cuda.h", "machine.cpp")]
+    sources = sorted(EMULATOR.glob("*.cpp"))
+    texts = [path.read_bytes() for path in (*sources, *sorted(EMULATOR.glob("*.h")))]
     digest = hashlib.sha256(b"".join([*texts, repr(_KERNEL_FLAGS).encode()])).hexdigest()[:24]
     target = _cache() / f"machine-{digest}.so"
     if not target.exists():
-        command = ["g++", *_FLAGS, "-shared", str(EMULATOR / "machine.cpp")]
-        _compile(command, target, "the emulator's machine")
+        _compile(["g++", *_FLAGS, "-shared", *map(str, sources)], target, "the emulator's machine")
     return target, digest
 
 

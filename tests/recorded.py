@@ -14,6 +14,7 @@ from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
 from sparsify_compiler.runtime.block_decode import BlockDecode
+from sparsify_compiler.runtime.expand import ExpandDense
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.launch import Argument, Launcher, Program
 from sparsify_compiler.runtime.nm24 import Nm24Mma
@@ -37,6 +38,7 @@ def cuda_kernels(launcher: Launcher) -> tuple[tuple[Kernel, Pattern], ...]:
         (BitmapGemv(launcher=launcher), Unstructured()),
         (BlockDecode(launcher=launcher), Block(128, 128)),
         (BlockDecode(launcher=launcher), Block(16, 16)),
+        (ExpandDense(launcher=launcher), Unstructured()),
     )
 
 

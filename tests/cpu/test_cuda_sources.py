@@ -27,6 +27,7 @@ FUNCTIONS = (
     "nm_mma",
     "bitmap_gemv",
     "block_decode",
+    "expand",
 )
 
 

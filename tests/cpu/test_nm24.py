@@ -20,7 +20,7 @@ from sparsify_compiler.runtime.nm24_variants import MOST_VARIANTS, Variant, firs
 from sparsify_compiler.runtime.oracle import difference
 from sparsify_compiler.runtime.variants import write_variants
 
-AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (12, 0)
 SPEC = MatmulSpec(64, 128, torch.float16, NM(2, 4), 0.5, (1, 8, 64), torch.device("cuda", 0), HOPPER)
 TWO_OF_FOUR = NM(2, 4)
 MISSING = EmulatedLauncher().unavailable()
@@ -182,9 +182,9 @@ def test_names_of_variants_round_trip_and_nonsense_is_refused() -> None:
             variant_named(name)
 
 
-@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER], ids=str)
+@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL], ids=str)
 def test_every_offered_variant_fits_its_gpu(capability: tuple[int, int]) -> None:
-    limit = {AMPERE: 163, ADA: 99, HOPPER: 227}[capability] * 1024
+    limit = {AMPERE: 163, ADA: 99, HOPPER: 227, BLACKWELL: 99}[capability] * 1024
     for (out, in_), tokens in itertools.product(((4096, 4096), (14336, 4096), (64, 64)), (1, 2, 8, 16, 33, 64, 1000)):
         found = variants_for(out, in_, tokens, capability)
         assert 1 <= len(found) <= MOST_VARIANTS

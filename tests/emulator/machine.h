@@ -1,5 +1,5 @@
 // A GPU in one CPU thread: what kernels compiled by tests/emulated.py call. No standard headers, so that a kernel's
-// defines cannot change them. machine.cpp holds the implementation.
+// defines cannot change them. waiting.cpp, memory.cpp and launch.cpp hold the implementation.
 //
 // Every CUDA thread is a fiber. Fibers change only where threads wait for each other, in an order drawn from a seed that
 // favours one warp over the others, so that a missing barrier shows as NaN (shared memory starts as 0xFF) or stale data.
