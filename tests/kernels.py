@@ -3,27 +3,46 @@
 import pytest
 import torch
 
-from sparsify_compiler.kernel import Kernel
+from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.runtime.block_gather import BlockGather
 from sparsify_compiler.runtime.csr import TorchCsr
 from sparsify_compiler.runtime.dense import Dense
+from sparsify_compiler.runtime.numba_block import NumbaBlock
+from sparsify_compiler.runtime.numba_csr import NumbaCsr
 
-KERNELS: tuple[Kernel, ...] = (Dense(), TorchCsr())
+# Those that run on a CPU as they are; doubles.py lists those made for a GPU with what stands in for it.
+KERNELS: tuple[Kernel, ...] = (Dense(), TorchCsr(), NumbaCsr(), NumbaBlock(), BlockGather())
 
-# One pattern of every layout, and those with tails, odd tiles and one entry a tile.
+# One pattern of every layout, those with tails, odd tiles and one entry a tile, and every kernel's own.
 LAYOUT_PATTERNS: tuple[Pattern, ...] = (
     Unstructured(),
     NM(2, 4),
     NM(1, 3),
     NM(5, 8),
+    NM(8, 16),
     NM(16, 32),
+    NM(8, 32),
     Block(1, 1),
     Block(4, 4),
     Block(3, 5),
     Block(16, 8),
+    Block(16, 16),
+    Block(32, 32),
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accepted(kernel: Kernel, device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Pattern]:
+    """Return the patterns of the list that a kernel runs on `device` in some dtype; a CUDA device is taken for 9.0."""
+    capability = (9, 0) if device.type == "cuda" else None
+    specs = [
+        (pattern, MatmulSpec(64, 64, dtype, pattern, 0.5, (1,), device, capability))
+        for pattern in LAYOUT_PATTERNS
+        for dtype in dtypes
+    ]
+    return list(dict.fromkeys(pattern for pattern, spec in specs if kernel.rejects(spec) is None))
 
 
 def skip_without_mkl(kernel: str) -> None:

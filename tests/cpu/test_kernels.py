@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernels import KERNELS, LAYOUT_PATTERNS, choose, skip_without_mkl
+from doubles import DOUBLES
+from kernels import KERNELS, LAYOUT_PATTERNS, accepted, choose, skip_without_mkl
 from torch.nn import functional
 
 from sparsify_compiler.errors import KernelError
@@ -25,10 +26,19 @@ def pack(pattern: Pattern, out: int, in_: int, dtype: torch.dtype = torch.float3
     return format_for(pattern).pack(weight, choose(pattern, weight, sparsity), pattern)
 
 
-def dtypes(kernel: Kernel) -> Iterator[torch.dtype]:
+def dtypes(kernel: Kernel, pattern: Pattern) -> Iterator[torch.dtype]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        if kernel.rejects(MatmulSpec(8, 8, dtype, Unstructured(), 0.5, (1,), CPU)) is None:
+        if kernel.rejects(MatmulSpec(8, 8, dtype, pattern, 0.5, (1,), CPU)) is None:
             yield dtype
+
+
+def usable(kernel: Kernel) -> Pattern:
+    """Return a pattern that the kernel runs, or skip with its reason: a library that is not installed."""
+    skip_without_mkl(kernel.name)
+    found = accepted(kernel, CPU, (torch.float32,))
+    if not found:
+        pytest.skip(kernel.rejects(MatmulSpec(8, 8, torch.float32, Block(4, 4), 0.5, (1,), CPU)) or "")
+    return found[0]
 
 
 def check(kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, act: Activation | None) -> None:
@@ -43,7 +53,10 @@ def check(kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_kernel_equals_float64_over_shapes_tokens_and_dtypes(kernel: Kernel, pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(1)
-    for dtype in dtypes(kernel):
+    skip_without_mkl(kernel.name)
+    if not [*dtypes(kernel, pattern)]:
+        pytest.skip(kernel.rejects(MatmulSpec(8, 8, torch.float32, pattern, 0.5, (1,), CPU)) or "")
+    for dtype in dtypes(kernel, pattern):
         for out, in_ in SHAPES if dtype == torch.float32 else SHAPES[2:3]:
             packed = pack(pattern, out, in_, dtype)
             bias = torch.randn(out, generator=generator).to(dtype)
@@ -55,7 +68,7 @@ def test_every_kernel_equals_float64_over_shapes_tokens_and_dtypes(kernel: Kerne
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_kernel_applies_bias_and_activation(kernel: Kernel, activation: Activation) -> None:
-    packed = pack(NM(2, 4), 24, 20)
+    packed = pack(usable(kernel), 24, 20)
     x, bias = torch.randn(9, 20), torch.randn(24)
     check(kernel, packed, x, bias, activation)
     check(kernel, packed, x, None, activation)
@@ -68,18 +81,20 @@ def test_every_kernel_applies_bias_and_activation(kernel: Kernel, activation: Ac
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_empty_and_full_rows_and_an_empty_weight_are_computed(kernel: Kernel) -> None:
-    weight = torch.randn(6, 10)
-    keep = torch.rand(6, 10) > 0.5
-    keep[0], keep[5], keep[2] = False, False, True
-    x = torch.randn(4, 10)
-    for mask in (keep, torch.zeros_like(keep), torch.ones_like(keep)):
-        check(kernel, format_for(Unstructured()).pack(weight, mask, Unstructured()), x, torch.randn(6), None)
+    usable(kernel)
+    whole = kernel.rejects(MatmulSpec(8, 8, torch.float32, Unstructured(), 0.5, (1,), CPU)) is not None
+    pattern: Pattern = Block(4, 4) if whole else Unstructured()
+    tiles = torch.rand(6, 10) > 0.5
+    tiles[0], tiles[5], tiles[2] = False, False, True
+    x = torch.randn(4, 40)
+    for chosen in (tiles, torch.zeros_like(tiles), torch.ones_like(tiles)):
+        keep = chosen.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        check(kernel, format_for(pattern).pack(torch.randn(24, 40), keep, pattern), x, torch.randn(24), None)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_inputs_of_any_strides_give_the_same_result(kernel: Kernel) -> None:
-    skip_without_mkl(kernel.name)
-    packed = pack(Unstructured(), 12, 10)
+    packed = pack(usable(kernel), 12, 10)
     prepared = kernel.prepare(packed, spec_for(packed, (8,)))
     base = torch.randn(16, 20)
     for x in (base[::2, ::2], base.T[:8, :10], base[0, :10].expand(8, 10), base[8:, 5:15]):
@@ -90,7 +105,9 @@ def test_inputs_of_any_strides_give_the_same_result(kernel: Kernel) -> None:
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4), Block(4, 4)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_the_comparison_fails_on_one_corrupted_value(kernel: Kernel, pattern: Pattern) -> None:
-    for dtype in dtypes(kernel):
+    if not [*dtypes(kernel, pattern)]:
+        pytest.skip(kernel.rejects(MatmulSpec(8, 8, torch.float32, pattern, 0.5, (1,), CPU)) or "")
+    for dtype in dtypes(kernel, pattern):
         packed = pack(pattern, 64, 256, dtype)
         values = packed.tensors["values"].clone()
         values.view(-1)[values.numel() // 2] += 2
@@ -141,9 +158,11 @@ def test_a_csr_kernel_shares_the_packed_values() -> None:
 
 def test_kernels_are_found_by_name_and_dense_comes_first() -> None:
     assert kernels()[0].name == "dense"
-    assert {kernel.name for kernel in kernels()} == {kernel.name for kernel in KERNELS}
+    names = [kernel.name for kernel in kernels()]
+    tested = [kernel.name for kernel in KERNELS] + [double.name for double in DOUBLES]
+    assert sorted(names) == sorted([*tested, "block_triton"])  # which tests/interpreted runs
     assert all(kernel_named(kernel.name) == kernel for kernel in kernels())
-    with pytest.raises(KernelError, match="kernel 'fast': this version has dense, torch_csr"):
+    with pytest.raises(KernelError, match="kernel 'fast': this version has dense, nm24_mma"):
         kernel_named("fast")
 
 
