@@ -25,8 +25,8 @@ from sparsify_compiler.kernel import MatmulSpec
 INSTALL = "pip install 'sparsify-compiler[cpu]'"
 ENTRY = "GOMP_parallel"
 
-FASTMATH = frozenset({"contract", "reassoc"})
-"""Multiply and add in one rounding, and sum in the order that fills vectors; NaN and infinity keep their meaning."""
+FASTMATH = frozenset({"contract"})
+"""Multiply and add in one rounding; sums stay in the order written, NaN and infinity keep their meaning."""
 
 
 def rejects(spec: MatmulSpec) -> str | None:
@@ -85,10 +85,15 @@ class Toolbox:
         self.rank = number(("omp_get_thread_num", library))
         self.team = number(("omp_get_num_threads", library))
 
-    def entry(self, function: Callable[..., None]) -> Any:
-        """Compile `function(arguments)`, `arguments` a pointer to int64, into one that OpenMP can call."""
+    def entry(self, function: Callable[..., None], any_order: bool = False) -> Any:
+        """Compile `function(arguments)`, `arguments` a pointer to int64, into one that OpenMP can call.
+
+        `any_order` lets the compiler sum in the order that fills vectors: for dot products of values side by side.
+        Sums over indexed values must not be given it: they become gathers, three times as slow (runtime/NOTES.md).
+        """
         types = self.numba.types
-        return self.numba.cfunc(types.void(types.CPointer(types.int64)), fastmath=set(FASTMATH))(function)
+        fastmath = {*FASTMATH, "reassoc"} if any_order else set(FASTMATH)
+        return self.numba.cfunc(types.void(types.CPointer(types.int64)), fastmath=fastmath)(function)
 
     def inner(self, function: Callable[..., None]) -> Any:
         """Compile a function that entries call."""

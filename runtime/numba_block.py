@@ -105,7 +105,7 @@ def _one_token() -> Any:
                         total += line[c] * piece[c]
                     y[row] += total
 
-    return tools.entry(product)
+    return tools.entry(product, any_order=True)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 
 from sparsify_compiler.pattern import Block, Pattern, Unstructured
 from sparsify_compiler.runtime.bench_layers import random_layer
+from sparsify_compiler.runtime.block_gather import BlockGather
 from sparsify_compiler.runtime.csr import TorchCsr
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.kernels import spec_for
@@ -34,7 +35,7 @@ def main(seconds: float) -> None:
             for sparsity in (0.8, 0.9, 0.95):
                 packed = random_layer(shape, pattern, sparsity, torch.float32, torch.device("cpu"))
                 for tokens in (1, 16, 512):
-                    kernels = (Dense(), TorchCsr(), NumbaCsr(), NumbaBlock())
+                    kernels = (Dense(), TorchCsr(), NumbaCsr(), NumbaBlock(), BlockGather())
                     verdict = tune(packed, spec_for(packed, (tokens,)), kernels, budget=Budget(seconds, 7, 100))
                     rows = "  ".join(
                         f"{row.kernel}{f' {row.variant}' if row.variant else ''} {row.speedup:.2f} ±{row.spread:.0%}"
