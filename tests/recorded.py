@@ -23,7 +23,7 @@ from sparsify_compiler.runtime.nm_gemv import NmGemv
 from sparsify_compiler.runtime.nm_mma import NmMma
 
 HOPPER = (9, 0)
-TOKENS = (1, 8, 16, 64, 700)
+TOKENS = (1, 8, 16, 32, 64, 700)
 
 
 def cuda_kernels(launcher: Launcher) -> tuple[tuple[Kernel, Pattern], ...]:
