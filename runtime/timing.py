@@ -168,17 +168,20 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired measurements of two things: the median of first / second, and its spread (IQR / median).
+    """Paired measurements of two things: the median of first / second, its spread (IQR / median) and its quartiles.
 
-    `speedup` above 1 says the second is faster. `gain` is beyond the spread when |speedup - 1| exceeds it.
+    `speedup` above 1 says the second is faster. The difference counts when it exceeds the spread and three quarters of
+    the rounds agree on its direction, so that a few wild rounds decide nothing.
     """
 
     speedup: float
     spread: float
+    quartiles: tuple[float, float]
 
     def words(self) -> Words:
         """Say whether the second is faster, slower, or neither beyond the spread."""
-        if abs(self.speedup - 1) <= self.spread:
+        low, high = self.quartiles
+        if abs(self.speedup - 1) <= self.spread or low <= 1 <= high:
             return "no difference beyond the spread"
         return "faster" if self.speedup > 1 else "slower"
 
@@ -186,15 +189,20 @@ class Comparison:
 def compare_pairs(first: Sequence[float], second: Sequence[float]) -> Comparison:
     """Compare measurements taken in the same rounds, so that what slows a round down slows both."""
     ratios = [a / b for a, b in zip(first, second, strict=True)]
-    return Comparison(statistics.median(ratios), spread(ratios))
+    return Comparison(statistics.median(ratios), spread(ratios), _quartiles(ratios))
 
 
 def spread(values: Sequence[float]) -> float:
     """Return the interquartile range over the median; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, high = _quartiles(values)
     return (high - low) / statistics.median(values)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 @functools.lru_cache(maxsize=64)

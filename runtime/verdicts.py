@@ -1,8 +1,9 @@
 """From measured rounds to a verdict: pure arithmetic, no clock and no kernel.
 
-One weight copy serves all token counts, so the kernel with the least total time over the counts that were asked wins,
-and only when its gain exceeds the spread. Where another kernel is faster at some counts beyond the spread, a routed
-kernel that keeps both orders of the weight is weighed against it in the same way.
+One weight copy serves all token counts, so the kernel with the greatest mean gain over the counts that were asked wins
+(the geometric mean of its ratios to dense), when that gain exceeds the spread and no count loses more than a tenth.
+Where another kernel is faster at some counts beyond the spread, a routed kernel that keeps both orders of the weight is
+weighed against it in the same way.
 """
 
 import statistics
@@ -13,6 +14,10 @@ from sparsify_compiler.runtime.routed import MOST_PARTS, routed_name
 from sparsify_compiler.runtime.timing import Comparison, compare_pairs
 
 DENSE = "dense"
+LEAST_SPEEDUP = 0.9
+"""The least ratio to dense that a chosen kernel may have at any token count that was asked."""
+LEAST_GAIN = 1.02
+"""What a route must gain over the best single kernel to be worth the memory of a second order of the weight."""
 
 Times = Mapping[str, Mapping[int, Sequence[float]]]
 """By kernel and token count, the microseconds of every round; a candidate given up early has the first rounds only."""
@@ -72,8 +77,13 @@ class Measured:
         return tuple(self.times[DENSE])
 
     def totals(self, parts: Parts) -> list[float]:
-        """Return a route's microseconds over all token counts, round by round, as far as all its parts went."""
-        return [sum(row) for row in zip(*(self.times[runs(parts, n)][n] for n in self.tokens), strict=False)]
+        """Return a route's microseconds, round by round, as far as all its parts went: the geometric mean over counts.
+
+        So a ratio of two routes is the mean of their ratios at each token count, all of the same weight. A sum would
+        let the largest count decide alone, and a layer be slower wherever it decodes.
+        """
+        rows = zip(*(self.times[runs(parts, n)][n] for n in self.tokens), strict=False)
+        return [statistics.geometric_mean(row) for row in rows]
 
     def compare(self, first: Parts, second: Parts) -> Comparison:
         """Compare two routes over all token counts in the rounds that both were measured in."""
@@ -110,7 +120,7 @@ def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) ->
     sparse = [name for name in measured.times if name != DENSE]
     gains = {name: measured.compare(single(DENSE), single(name)) for name in sparse}
     leader = max(sparse, key=lambda name: gains[name].speedup)
-    winners = [name for name in sparse if gains[name].words() == "faster"]
+    winners = [name for name in sparse if gains[name].words() == "faster" and _bearable(single(name), measured)]
     if winners:
         best = max(winners, key=lambda name: gains[name].speedup)
         choice = Choice(single(best), describe(best, measured))
@@ -138,12 +148,14 @@ def describe(name: str, measured: Measured) -> str:
     rounds = len(measured.totals(single(name)))
     early = " (given up early)" if rounds < len(measured.totals(single(DENSE))) else ""
     words = (
-        f"{name}: {total.words()}, {total.speedup:.2f}x over {_list(measured.tokens)} tokens together, "
+        f"{name}: {total.words()}, {total.speedup:.2f}x over {_list(measured.tokens)} tokens on average, "
         f"spread {total.spread:.0%}, {rounds} rounds{early}"
     )
     rows = [timing(name, n, measured) for n in measured.tokens]
     if lost := [row for row in rows if row.verdict.startswith("slower")]:
         words += f"; slower at {', '.join(f'{row.tokens} ({row.speedup:.2f}x)' for row in lost)}"
+        if total.words() == "faster" and not _bearable(single(name), measured):
+            words += f", where {LEAST_SPEEDUP}x is the least that is taken"
     return words + (f"; {measured.notes[name]}" if measured.notes.get(name) else "")
 
 
@@ -189,9 +201,15 @@ def _fastest(start: str, names: Sequence[str], tokens: int, measured: Measured) 
 
 
 def _gains(old: Parts, new: Parts, measured: Measured) -> bool:
-    """Say whether a route is faster than the choice so far, and than dense, beyond the spread of both ratios."""
+    """Say whether a route is faster than dense beyond the spread, and than the choice so far by LEAST_GAIN as well."""
     against_both = (measured.compare(other, new).words() == "faster" for other in (old, single(DENSE)))
-    return len(new) > 1 and all(against_both)
+    gain = measured.compare(old, new).speedup
+    return len(new) > 1 and all(against_both) and gain >= LEAST_GAIN and _bearable(new, measured)
+
+
+def _bearable(parts: Parts, measured: Measured) -> bool:
+    """Say whether a route loses no more than LEAST_SPEEDUP allows at any token count."""
+    return all(timing(runs(parts, n), n, measured).speedup >= LEAST_SPEEDUP for n in measured.tokens)
 
 
 def _words(route: Parts, instead: Parts, measured: Measured) -> str:
@@ -202,7 +220,7 @@ def _words(route: Parts, instead: Parts, measured: Measured) -> str:
     beside = "" if instead == single(DENSE) else f", {over.speedup:.2f}x over {routed_name(instead)} alone"
     notes = "".join(f"; {component}: {note}" for component in each if (note := measured.notes.get(component)))
     return (
-        f"{name}: faster, {gain.speedup:.2f}x over {_list(measured.tokens)} tokens together{beside}, "
+        f"{name}: faster, {gain.speedup:.2f}x over {_list(measured.tokens)} tokens on average{beside}, "
         f"spread {gain.spread:.0%}, keeping {sizes} MiB{notes}"
     )
 

@@ -40,13 +40,22 @@ def test_a_slower_kernel_keeps_dense_and_says_so() -> None:
     assert "sparse: slower, 0.80x over 1 tokens" in verdict.reason
 
 
-def test_the_least_total_time_wins_and_the_counts_that_lose_are_named() -> None:
-    times = {("dense", 1): [10], ("dense", 64): [100], ("sparse", 1): [20], ("sparse", 64): [40]}
+def test_the_greatest_mean_gain_wins_and_the_counts_that_lose_a_little_are_named() -> None:
+    times = {("dense", 1): [10], ("dense", 64): [100], ("sparse", 1): [10.5], ("sparse", 64): [40]}
     verdict, _ = decide(times, Fake("sparse"), tokens=(1, 64))
     assert verdict.kernel == "sparse"
-    assert "faster, 1.83x over 1, 64 tokens" in verdict.reason  # 110 / 60
-    assert "slower at 1 (0.50x)" in verdict.reason
+    assert "faster, 1.54x over 1, 64 tokens on average" in verdict.reason  # the root of 10 / 10.5 * 100 / 40
+    assert "slower at 1 (0.95x)" in verdict.reason
     assert [row.verdict.split(":")[0] for row in verdict.timings] == ["slower", "faster"]
+
+
+def test_a_kernel_that_loses_more_than_a_tenth_anywhere_is_not_taken() -> None:
+    times = {("dense", 1): [10], ("dense", 64): [100], ("sparse", 1): [11.2], ("sparse", 64): [10]}
+    verdict, _ = decide(times, Fake("sparse"), tokens=(1, 64))
+    assert verdict.kernel == "dense"
+    assert "slower at 1 (0.89x), where 0.9x is the least that is taken" in verdict.reason
+    times["sparse", 1] = [11.1]
+    assert decide(times, Fake("sparse"), tokens=(1, 64))[0].kernel == "sparse"
 
 
 def test_of_two_that_win_the_faster_is_chosen_and_a_tie_goes_to_the_first() -> None:
@@ -114,7 +123,7 @@ def test_a_hopeless_candidate_is_given_up_after_the_look() -> None:
     assert verdict.kernel == "sparse"
     alone, script = decide(times, Fake("slow"))
     assert len(script.order) == 6  # with nobody left to compare, dense is not measured on
-    assert "slow: slower, 0.33x over 1 tokens together, spread 0%, 3 rounds" in alone.reason
+    assert "slow: slower, 0.33x over 1 tokens on average, spread 0%, 3 rounds" in alone.reason
 
 
 def test_asking_for_nothing_is_refused() -> None:
@@ -150,11 +159,12 @@ def test_timings_have_the_fields_of_the_report() -> None:
 
 def test_medians_and_spreads_are_those_of_the_definition() -> None:
     # Ratios 1, 2, 3, 4, 5: median 3, quartiles 2 and 4.
-    assert compare_pairs([2, 4, 6, 8, 10], [2] * 5) == Comparison(3, 2 / 3)
+    assert compare_pairs([2, 4, 6, 8, 10], [2] * 5) == Comparison(3, 2 / 3, (2, 4))
     assert spread([7.0]) == 0
-    assert Comparison(1.1, 0.2).words() == "no difference beyond the spread"
-    assert Comparison(1.3, 0.2).words() == "faster"
-    assert Comparison(0.7, 0.2).words() == "slower"
+    assert Comparison(1.1, 0.2, (1.05, 1.27)).words() == "no difference beyond the spread"
+    assert Comparison(1.3, 0.2, (1.1, 1.36)).words() == "faster"
+    assert Comparison(3.0, 1.5, (0.5, 5.0)).words() == "no difference beyond the spread"  # a third of it lost
+    assert Comparison(0.7, 0.2, (0.66, 0.8)).words() == "slower"
 
 
 def test_the_cpu_stopwatch_repeats_short_calls() -> None:
