@@ -3,6 +3,7 @@
 Made for 1 to 64 tokens, where reading the weight is the work; more tokens run in tiles of 64, each reading it again.
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -173,6 +174,7 @@ def _worth(cut: _Cut, tiles: int, chunks: int, token_tiles: int, least: int) -> 
     return cut.split * cut.chunks <= chunks and least <= blocks * token_tiles and blocks <= 4 * _FULL_GPU
 
 
+@functools.lru_cache(maxsize=4096)
 def _cut(
     variants: str, order: RunOrder, tiles: int, chunks: int, tokens: int, device: torch.device
 ) -> tuple[_Cut, int]:
