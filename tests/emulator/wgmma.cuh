@@ -202,7 +202,7 @@ struct Run {  // a copy under way: done when a thread waits for its barrier, as 
 
 struct Runs {
   int count;
-  Run under_way[1024];
+  Run under_way[4096];
 };
 
 static Runs* runs() {
@@ -261,7 +261,7 @@ inline void copy_run(u32 shared, const void* global, int bytes, u32 barrier, u32
   if (bytes <= 0 || bytes % 16 != 0) fail("copy_run: %d bytes", bytes);
   for (int i = 0; i < bytes; i += 15) (void)*(const volatile u8*)(from + i);  // traps here, at the copy at fault
   __builtin_memset(to, 0xff, (size_t)bytes);
-  if (runs()->count == 1024) fail("copy_run: more than 1024 copies under way");
+  if (runs()->count == 4096) fail("copy_run: more than 4096 copies under way");
   runs()->under_way[runs()->count++] = {to, from, bytes, barrier_at(barrier, rank, "copy_run")};
 }
 
