@@ -6,25 +6,25 @@ import torch
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
-from sparsify_compiler.runtime.block import BlockTriton
-from sparsify_compiler.runtime.block_decode import BlockDecode
-from sparsify_compiler.runtime.block_gather import BlockGather
-from sparsify_compiler.runtime.csr import TorchCsr
-from sparsify_compiler.runtime.cusparse_blocked_ell import CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
-from sparsify_compiler.runtime.cusparselt import CuSparseLt
+from sparsify_compiler.runtime.block.few_tokens import BlockDecode
+from sparsify_compiler.runtime.block.many_tokens import BlockTriton
+from sparsify_compiler.runtime.cpu.block_gather import BlockGather
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.numba_block import NumbaBlock
+from sparsify_compiler.runtime.cpu.numba_csr import NumbaCsr
+from sparsify_compiler.runtime.cusparse.blocked_ell import CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
 from sparsify_compiler.runtime.dense import Dense
-from sparsify_compiler.runtime.expand import ExpandDense
 from sparsify_compiler.runtime.formats import kept_entries
-from sparsify_compiler.runtime.nm24 import Nm24Mma
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
-from sparsify_compiler.runtime.nm_gemv import NmGemv
-from sparsify_compiler.runtime.nm_mma import NmMma
-from sparsify_compiler.runtime.numba_block import NumbaBlock
-from sparsify_compiler.runtime.numba_csr import NumbaCsr
+from sparsify_compiler.runtime.nm.cusparselt import CuSparseLt
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
 from sparsify_compiler.runtime.routed import is_routed, routed_named
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
+from sparsify_compiler.runtime.unstructured.expand import ExpandDense
 
 
 def kernels() -> tuple[Kernel, ...]:

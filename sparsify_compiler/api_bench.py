@@ -18,8 +18,8 @@ from sparsify_compiler.pipeline.benching import bench_sources, cases
 from sparsify_compiler.pipeline.kernel_survey import Survey, survey
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress, silent
-from sparsify_compiler.runtime.bench_report import BenchReport
-from sparsify_compiler.runtime.selftest import SelfTest
+from sparsify_compiler.runtime.benchmark.report import BenchReport
+from sparsify_compiler.runtime.tuning.selftest import SelfTest
 
 __all__ = ["BenchReport", "DecodeChoice", "RandomLayers", "bench", "bench_decoder", "bench_layers"]
 __all__ += ["bench_sites", "survey_kernels"]

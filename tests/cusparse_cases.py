@@ -9,9 +9,9 @@ from kernels import choose
 
 from sparsify_compiler.kernel import MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.cusparse_blocked_ell import CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
+from sparsify_compiler.runtime.cusparse.blocked_ell import CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
 from sparsify_compiler.runtime.formats import format_for
 
 CusparseKernel = CusparseCsr | CusparseBsr | CusparseBlockedEll

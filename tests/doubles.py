@@ -8,18 +8,18 @@ from cusparselt_stand_in import StandIn
 from emulated import EmulatedLauncher
 
 from sparsify_compiler.kernel import Kernel
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
-from sparsify_compiler.runtime.block_decode import BlockDecode
-from sparsify_compiler.runtime.cusparse_blocked_ell import CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
-from sparsify_compiler.runtime.cusparselt import CuSparseLt
-from sparsify_compiler.runtime.cusparselt_plans import Plans
-from sparsify_compiler.runtime.expand import ExpandDense
-from sparsify_compiler.runtime.nm24 import Nm24Mma
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
-from sparsify_compiler.runtime.nm_gemv import NmGemv
-from sparsify_compiler.runtime.nm_mma import NmMma
+from sparsify_compiler.runtime.block.few_tokens import BlockDecode
+from sparsify_compiler.runtime.cusparse.blocked_ell import CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
+from sparsify_compiler.runtime.nm.cusparselt import CuSparseLt
+from sparsify_compiler.runtime.nm.cusparselt_plans import Plans
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
+from sparsify_compiler.runtime.unstructured.expand import ExpandDense
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""cuSPARSE without a GPU: the functions that runtime/cusparse.py calls, on CPU memory, through ctypes' own types.
+"""cuSPARSE without a GPU: the functions that cusparse/library.py calls, on CPU memory, through ctypes' own types.
 
 It reads CSR, BSR, Blocked-ELL and dense operands by address, order and leading dimension, checks what the library
 documents or was seen to check (statuses below), and keeps the rules of a preprocessed workspace. `calls` lists the
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sparsify_compiler.runtime.cusparse import SIGNATURES, Calls
-from sparsify_compiler.runtime.cusparse_plans import Plans, Where, current_stream
+from sparsify_compiler.runtime.cusparse.library import SIGNATURES, Calls
+from sparsify_compiler.runtime.cusparse.plans import Plans, Where, current_stream
 
 INVALID_VALUE, EXECUTION_FAILED, NOT_SUPPORTED = 3, 6, 10
 NAMES = {3: b"CUSPARSE_STATUS_INVALID_VALUE", 6: b"CUSPARSE_STATUS_EXECUTION_FAILED"}

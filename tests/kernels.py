@@ -5,11 +5,11 @@ import torch
 
 from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.block_gather import BlockGather
-from sparsify_compiler.runtime.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.block_gather import BlockGather
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.numba_block import NumbaBlock
+from sparsify_compiler.runtime.cpu.numba_csr import NumbaCsr
 from sparsify_compiler.runtime.dense import Dense
-from sparsify_compiler.runtime.numba_block import NumbaBlock
-from sparsify_compiler.runtime.numba_csr import NumbaCsr
 
 # Those that run on a CPU as they are; doubles.py lists those made for a GPU with what stands in for it.
 KERNELS: tuple[Kernel, ...] = (Dense(), TorchCsr(), NumbaCsr(), NumbaBlock(), BlockGather())

@@ -12,15 +12,15 @@ from kernels import choose
 
 from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
-from sparsify_compiler.runtime.block_decode import BlockDecode
-from sparsify_compiler.runtime.expand import ExpandDense
+from sparsify_compiler.runtime.block.few_tokens import BlockDecode
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.launch import Argument, Launcher, Program
-from sparsify_compiler.runtime.nm24 import Nm24Mma
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
-from sparsify_compiler.runtime.nm_gemv import NmGemv
-from sparsify_compiler.runtime.nm_mma import NmMma
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
+from sparsify_compiler.runtime.unstructured.expand import ExpandDense
 
 HOPPER = (9, 0)
 TOKENS = (1, 8, 16, 32, 64, 700)

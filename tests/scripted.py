@@ -11,8 +11,8 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.timing import Measure
-from sparsify_compiler.runtime.tune import Budget, Verdict, tune
+from sparsify_compiler.runtime.tuning.timing import Measure
+from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 from sparsify_compiler.runtime.variants import variant_for
 
 Times = Mapping[tuple[str, int], Sequence[float]]

@@ -1,5 +1,5 @@
 // y = x Wᵀ for a few tokens, any sparsity: each kept value with its distance from the one before
-// (runtime/bitmap_gemv_packing.py has the layout and the reasons).
+// (runtime/unstructured/bitmap_gemv_packing.py has the layout and the reasons).
 //
 // A lane owns one row of a tile of 32 rows that keep about as many. The columns are cut into parts whose x fits shared
 // memory; the WARPS warps of a block share a part's entries evenly by count, each starting at a stored column. A packet

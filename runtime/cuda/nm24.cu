@@ -1,4 +1,4 @@
-// y = activation(x Wᵀ + bias) with 2:4 weights as records of 16 rows x 64 columns (runtime/fragments.py), by mma.sp.
+// y = activation(x Wᵀ + bias) with 2:4 weights as records of 16 rows x 64 columns (runtime/nm/fragments.py), by mma.sp.
 //
 // Both functions give a block TILES row tiles a warp and TOKENS tokens; the blocks of a cluster share the columns and
 // add their sums in the order of their ranks, through each other's shared memory, so results repeat bit for bit.

@@ -3,7 +3,7 @@
 #pragma once
 
 #define ROWS (64 * WARPGROUPS * TILES)
-// Bytes of 16 rows x 64 columns of weights in the order of runtime/fragments.py, and of 64 columns of x.
+// Bytes of 16 rows x 64 columns of weights in the order of runtime/nm/fragments.py, and of 64 columns of x.
 #define RECORD 1152
 #define X_BYTES (TOKENS * 128)
 // A slot holds 64 columns of x, then of the weights: x starts at a multiple of 1024 in every slot.

@@ -1,7 +1,7 @@
 // y = x Wᵀ with a 2:4 W by sparse warpgroup products: for 8 to a few hundred tokens, where mma.sync is too slow.
 //
 // A cluster of SPLIT blocks computes WARPGROUPS * TILES * 64 rows x TOKENS tokens, each block a share of the columns.
-// Weights (runtime/fragments.py: 1152 bytes per 16 rows x 64 columns) and x go through a ring of STAGES slots of 64
+// Weights (runtime/nm/fragments.py: 1152 bytes per 16 rows x 64 columns) and x go through a ring of STAGES slots of 64
 // columns, filled STAGES - 2 ahead: a slot is filled again once the products of the chunk before the last are done,
 // which every warpgroup has waited for before the barrier, so products of one chunk always run behind the next.
 //

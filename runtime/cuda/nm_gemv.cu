@@ -1,4 +1,4 @@
-// y = x Wᵀ for a few tokens; W keeps the same count of every 32 columns (runtime/nm_gemv_packing.py has the layout).
+// y = x Wᵀ for a few tokens; W keeps the same count of every 32 columns (runtime/nm/nm_gemv_packing.py has the layout).
 //
 // A lane owns one row of a tile of 32. All lanes of a warp are in the same 32 columns, so what they gather from shared
 // memory lies in different banks or is the same word. A warp takes every (WARPS)-th chunk of 128 columns, keeps its x

@@ -1,5 +1,5 @@
 // y = x Wᵀ for 1 to 64 tokens at a time on tensor cores; W keeps the same count in every group of 8, 16 or 32 columns
-// (runtime/nm_runs.py has the layout), and its zeros are put back in registers.
+// (runtime/nm/nm_runs.py has the layout), and its zeros are put back in registers.
 //
 // The 16 columns of a product may come in any order as long as weights and x agree. Here a lane supplies, product after
 // product, a run of 32 columns of its two rows: the count of values it owns is fixed, it reads no other lane's, and two

@@ -1,5 +1,5 @@
 // From the packed values of a lane's run of 32 columns to the registers of a product: four pairs for each octet.
-// runtime/nm_runs.py has the three orders of values. Needs ptx.cuh, offsets.cuh, GROUP and COUNT.
+// runtime/nm/nm_runs.py has the three orders of values. Needs ptx.cuh, offsets.cuh, GROUP and COUNT.
 #pragma once
 
 constexpr int WORDS = 32 / GROUP * COUNT / 2;   // of a lane's run in one row

@@ -27,7 +27,7 @@ from sparsify_compiler.export.bench_html import bench_html
 from sparsify_compiler.pattern import Pattern, parse_pattern
 from sparsify_compiler.pipeline.options import DTYPES, Options
 from sparsify_compiler.progress import Progress
-from sparsify_compiler.runtime.bench import plot as plot_rows
+from sparsify_compiler.runtime.benchmark.models import plot as plot_rows
 
 Models = Annotated[
     list[str] | None,

@@ -7,9 +7,9 @@ from rich.text import Text
 
 from sparsify_compiler.export.report_rows import printable, size
 from sparsify_compiler.export.report_table import Column, bullet, small, table
-from sparsify_compiler.runtime.bench import BenchRow
-from sparsify_compiler.runtime.bench_layers import LayerBench
-from sparsify_compiler.runtime.bench_report import BenchReport
+from sparsify_compiler.runtime.benchmark.layers import LayerBench
+from sparsify_compiler.runtime.benchmark.models import BenchRow
+from sparsify_compiler.runtime.benchmark.report import BenchReport
 
 STYLES = {"faster": "bold green", "slower": "yellow"}
 MEANING = (

@@ -17,7 +17,7 @@ from sparsify_compiler.export.report_rows import printable, size
 from sparsify_compiler.export.report_text import render_report, verification_words
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.workspace import Workspace
-from sparsify_compiler.runtime.cache import default_folder
+from sparsify_compiler.runtime.tuning.cache import default_folder
 
 RESUME = "segments that were finished are kept: give the same command with --resume to go on"
 

@@ -25,7 +25,7 @@ from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import Quality, Report, report_from_json
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress
-from sparsify_compiler.runtime.bench_report import BenchReport
+from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.sources.data import Data, demo_text, load_data
 from sparsify_compiler.sources.images import parse_preprocess
 from sparsify_compiler.sources.models import Source, demo_model_path

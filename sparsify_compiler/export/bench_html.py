@@ -6,9 +6,9 @@ from itertools import groupby
 
 from sparsify_compiler.export.page import page_template
 from sparsify_compiler.export.report_charts import Chart, GridLine, chart_bar, chart_top, chart_y
-from sparsify_compiler.runtime.bench import BenchRow
-from sparsify_compiler.runtime.bench_layers import LayerBench, LayerRow
-from sparsify_compiler.runtime.bench_report import BenchReport
+from sparsify_compiler.runtime.benchmark.layers import LayerBench, LayerRow
+from sparsify_compiler.runtime.benchmark.models import BenchRow
+from sparsify_compiler.runtime.benchmark.report import BenchReport
 
 WIDTH = 420.0
 LEFT = 40.0

@@ -11,15 +11,15 @@ from sparsify_compiler.errors import DataError
 from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
-from sparsify_compiler.runtime.bench_decode import DecodeCase, bench_decode
-from sparsify_compiler.runtime.bench_layers import bench_layer, random_layer
-from sparsify_compiler.runtime.bench_report import BenchReport
-from sparsify_compiler.runtime.ceilings import measure_ceilings
-from sparsify_compiler.runtime.decoder import read_config
+from sparsify_compiler.runtime.benchmark.ceilings import measure_ceilings
+from sparsify_compiler.runtime.benchmark.decode import DecodeCase, bench_decode
+from sparsify_compiler.runtime.benchmark.decoder import read_config
+from sparsify_compiler.runtime.benchmark.layers import bench_layer, random_layer
+from sparsify_compiler.runtime.benchmark.machine import describe_machine
+from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.machine import describe_machine
-from sparsify_compiler.runtime.selftest import Tester
-from sparsify_compiler.runtime.tune import Budget, Verdict, tune
+from sparsify_compiler.runtime.tuning.selftest import Tester
+from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 
 SECONDS = 1.0
 """How long each layer is measured at each token count."""

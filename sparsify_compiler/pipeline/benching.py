@@ -13,10 +13,10 @@ from sparsify_compiler.batches import Batch, call_arguments, named_tensors, to_d
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.pipeline.forwards import forward_of
-from sparsify_compiler.runtime.bench import BenchRow, Measured, compare
-from sparsify_compiler.runtime.bench_report import BenchReport
-from sparsify_compiler.runtime.graphed import graphed
-from sparsify_compiler.runtime.machine import describe_machine
+from sparsify_compiler.runtime.benchmark.graphed import graphed
+from sparsify_compiler.runtime.benchmark.machine import describe_machine
+from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare
+from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.sources.models import Source
 
 WARMUP = 3

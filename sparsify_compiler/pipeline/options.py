@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.runtime.cache import default_folder
+from sparsify_compiler.runtime.tuning.cache import default_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

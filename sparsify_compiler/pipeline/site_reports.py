@@ -8,7 +8,7 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.tuning import timings
 from sparsify_compiler.plan import Decision
-from sparsify_compiler.runtime.verdicts import Verdict
+from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
 
 def site_reports(

@@ -27,8 +27,8 @@ from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
 from sparsify_compiler.plan import Decision
-from sparsify_compiler.runtime.tune_conv import ConvInput
-from sparsify_compiler.runtime.verdicts import Verdict
+from sparsify_compiler.runtime.tuning.tune_conv import ConvInput
+from sparsify_compiler.runtime.tuning.verdicts import Verdict
 from sparsify_compiler.sources.describe import describe
 
 

@@ -16,17 +16,17 @@ from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.lower import Lowerable
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
-from sparsify_compiler.runtime.cache import DiskCache
-from sparsify_compiler.runtime.candidates import Budget
-from sparsify_compiler.runtime.conv import SparseConv2d
-from sparsify_compiler.runtime.conv_windows import ConvGeometry
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.modules import SparseLinear
-from sparsify_compiler.runtime.selftest import SelfTest, Tester
-from sparsify_compiler.runtime.tune import spec_key, tune
-from sparsify_compiler.runtime.tune_conv import ConvInput, ConvProblem, tune_conv
-from sparsify_compiler.runtime.verdicts import Verdict
+from sparsify_compiler.runtime.layers.conv import SparseConv2d
+from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
+from sparsify_compiler.runtime.layers.modules import SparseLinear
+from sparsify_compiler.runtime.tuning.cache import DiskCache
+from sparsify_compiler.runtime.tuning.candidates import Budget
+from sparsify_compiler.runtime.tuning.selftest import SelfTest, Tester
+from sparsify_compiler.runtime.tuning.tune import spec_key, tune
+from sparsify_compiler.runtime.tuning.tune_conv import ConvInput, ConvProblem, tune_conv
+from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
 
 @dataclass

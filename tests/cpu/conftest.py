@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsify_compiler.runtime.selftest import Outcome, SelfTest
+from sparsify_compiler.runtime.tuning.selftest import Outcome, SelfTest
 
 
 @pytest.fixture(autouse=True)

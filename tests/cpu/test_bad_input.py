@@ -14,12 +14,12 @@ from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Unstructured
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.runtime import launch as launch_module
-from sparsify_compiler.runtime.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.launch import CupyLauncher
-from sparsify_compiler.runtime.modules import SparseLinear
-from sparsify_compiler.runtime.tune import tune
+from sparsify_compiler.runtime.layers.modules import SparseLinear
+from sparsify_compiler.runtime.tuning.tune import tune
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.runtime.bench import BenchRow, Measured, compare, plot
+from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare, plot
 
 
 class Bench:
@@ -113,6 +113,6 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_importing_the_benchmark_does_not_import_matplotlib() -> None:
-    source = Path(importlib.import_module("sparsify_compiler.runtime.bench").__file__ or "").read_text()
+    source = Path(importlib.import_module("sparsify_compiler.runtime.benchmark.models").__file__ or "").read_text()
     assert "\nimport matplotlib" not in source
     assert "\nfrom matplotlib" not in source

@@ -8,13 +8,13 @@ import torch
 from sparsify_compiler.errors import KernelError, ModelError
 from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Block, Unstructured
-from sparsify_compiler.runtime import bench_decode as decode_module
-from sparsify_compiler.runtime.bench_decode import DecodeCase, bench_decode
-from sparsify_compiler.runtime.bench_layers import bench_layer, random_layer
-from sparsify_compiler.runtime.ceilings import Ceilings, measure_ceilings, product_bytes
-from sparsify_compiler.runtime.decoder import DecoderConfig
+from sparsify_compiler.runtime.benchmark import decode as decode_module
+from sparsify_compiler.runtime.benchmark.ceilings import Ceilings, measure_ceilings, product_bytes
+from sparsify_compiler.runtime.benchmark.decode import DecodeCase, bench_decode
+from sparsify_compiler.runtime.benchmark.decoder import DecoderConfig
+from sparsify_compiler.runtime.benchmark.layers import bench_layer, random_layer
 from sparsify_compiler.runtime.formats import kept_entries, unpack
-from sparsify_compiler.runtime.tune import KernelTiming, Verdict
+from sparsify_compiler.runtime.tuning.tune import KernelTiming, Verdict
 
 CPU = torch.device("cpu")
 SMALL = DecoderConfig(32, 48, 2, 4, 2, 8, 50)

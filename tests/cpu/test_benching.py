@@ -8,7 +8,7 @@ from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.pipeline.bench_random import bench_packed_layers
 from sparsify_compiler.pipeline.benching import Bencher, Case, bench_sources, cases, decode_step, resized
-from sparsify_compiler.runtime.bench_layers import random_layer
+from sparsify_compiler.runtime.benchmark.layers import random_layer
 from sparsify_compiler.sources.models import Source, module_source
 
 CPU = torch.device("cpu")

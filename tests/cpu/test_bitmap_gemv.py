@@ -12,11 +12,17 @@ from kernels import choose
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Block, Unstructured
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
-from sparsify_compiler.runtime.bitmap_gemv_packing import MOST_SPAN, Strands, from_strands, span_of, to_strands
 from sparsify_compiler.runtime.formats import BitmapFormat, format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import difference
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
+from sparsify_compiler.runtime.unstructured.bitmap_gemv_packing import (
+    MOST_SPAN,
+    Strands,
+    from_strands,
+    span_of,
+    to_strands,
+)
 
 LAUNCHER = EmulatedLauncher(seed=1)
 KERNEL = BitmapGemv(launcher=LAUNCHER)

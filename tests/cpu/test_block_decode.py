@@ -14,8 +14,8 @@ from kernels import choose
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Block
-from sparsify_compiler.runtime.block_decode import BlockDecode, lane_order
-from sparsify_compiler.runtime.block_layout import cut_bands, grain_mask, merge_bands
+from sparsify_compiler.runtime.block.bands import cut_bands, grain_mask, merge_bands
+from sparsify_compiler.runtime.block.few_tokens import BlockDecode, lane_order
 from sparsify_compiler.runtime.formats import BlockFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.launch import Argument, CupyLauncher, Program, compiler_options, source_text

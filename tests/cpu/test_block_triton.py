@@ -15,7 +15,7 @@ import torch
 
 from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.pattern import NM, Block
-from sparsify_compiler.runtime.block import MOST_ROWS, BlockTriton, bands_to_join
+from sparsify_compiler.runtime.block.many_tokens import MOST_ROWS, BlockTriton, bands_to_join
 from sparsify_compiler.runtime.formats import BlockFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 
@@ -97,7 +97,7 @@ def test_prepared_slabs_hold_the_weight(pattern: Block) -> None:
 def compiled(name: str, constants: dict[str, int], pointers: str, warps: int, stages: int) -> Any:
     """Compile a kernel for an H200 as its launch would: aligned addresses, `width` and `out` multiples of 16."""
     triton = importlib.import_module("triton")
-    function = getattr(importlib.import_module("sparsify_compiler.runtime.block_triton"), name)
+    function = getattr(importlib.import_module("sparsify_compiler.runtime.block.triton_kernels"), name)
     maps = constants.get("DESCRIPTORS", 1)
     types = {"columns": "*i32", "table": "*i32", "bias": f"*{pointers}", "x": f"*{pointers}", "values": f"*{pointers}"}
     types["y"] = "*fp32" if constants.get("SPLIT", 1) > 1 else f"*{pointers}"

@@ -12,10 +12,10 @@ from sparsify_compiler.cli.requests import BenchRequest
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.bench_html import bench_html
 from sparsify_compiler.progress import Progress
-from sparsify_compiler.runtime.bench import BenchRow
-from sparsify_compiler.runtime.bench_layers import LayerBench, LayerRow
-from sparsify_compiler.runtime.bench_report import BenchReport, bench_report_from_json
-from sparsify_compiler.runtime.ceilings import Ceilings
+from sparsify_compiler.runtime.benchmark.ceilings import Ceilings
+from sparsify_compiler.runtime.benchmark.layers import LayerBench, LayerRow
+from sparsify_compiler.runtime.benchmark.models import BenchRow
+from sparsify_compiler.runtime.benchmark.report import BenchReport, bench_report_from_json
 
 ROWS = (
     BenchRow("dense.onnx", 2.0, 0.01, 1.0, 0.0, "base", 20, 100, 2048),

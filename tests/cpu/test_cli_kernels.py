@@ -14,7 +14,7 @@ from sparsify_compiler.cli.main import build_app
 from sparsify_compiler.kernel import Activation, MatmulSpec
 from sparsify_compiler.pipeline.kernel_survey import WEIGHTS, Survey, survey
 from sparsify_compiler.runtime.dense import Dense
-from sparsify_compiler.runtime.selftest import Outcome
+from sparsify_compiler.runtime.tuning.selftest import Outcome
 
 CPU = torch.device("cpu")
 

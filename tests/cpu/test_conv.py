@@ -14,9 +14,9 @@ from sparsify_compiler.errors import FallbackWarning, KernelError
 from sparsify_compiler.frontends.layout import to_problem
 from sparsify_compiler.graph import ConvLayout
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime import conv_windows
-from sparsify_compiler.runtime.conv import SparseConv2d
-from sparsify_compiler.runtime.conv_windows import ConvGeometry, geometry_of
+from sparsify_compiler.runtime.layers import conv_windows
+from sparsify_compiler.runtime.layers.conv import SparseConv2d
+from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry, geometry_of
 
 CASES: Mapping[str, dict[str, object]] = {
     "1x1": {"kernel_size": 1},

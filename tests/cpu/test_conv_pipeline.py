@@ -11,9 +11,9 @@ import sparsify_compiler as sc
 from sparsify_compiler.api import Options
 from sparsify_compiler.pipeline import tuning
 from sparsify_compiler.pipeline.tuning import conv_inputs
-from sparsify_compiler.runtime.conv import SparseConv2d
-from sparsify_compiler.runtime.tune_conv import ConvInput, ConvProblem
-from sparsify_compiler.runtime.verdicts import Verdict
+from sparsify_compiler.runtime.layers.conv import SparseConv2d
+from sparsify_compiler.runtime.tuning.tune_conv import ConvInput, ConvProblem
+from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
 HALF = sc.Recipe((sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.5),))
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime import cpu_compiled
-from sparsify_compiler.runtime.block_gather import BlockGather
+from sparsify_compiler.runtime.cpu import cpu_compiled
+from sparsify_compiler.runtime.cpu.block_gather import BlockGather
+from sparsify_compiler.runtime.cpu.numba_block import NumbaBlock
+from sparsify_compiler.runtime.cpu.numba_csr import WIDTHS, NumbaCsr, chosen_width, width_variants
 from sparsify_compiler.runtime.formats import BitmapFormat, format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.numba_block import NumbaBlock
-from sparsify_compiler.runtime.numba_csr import WIDTHS, NumbaCsr, chosen_width, width_variants
 from sparsify_compiler.runtime.oracle import difference
 
 COMPILED: tuple[Kernel, ...] = (NumbaCsr(), NumbaBlock())

@@ -12,11 +12,11 @@ import torch
 from fake_cusparse import FakeLibrary
 
 from sparsify_compiler.errors import KernelError
-from sparsify_compiler.runtime import cusparse
-from sparsify_compiler.runtime.cusparse import DATA_TYPES, SIGNATURES, Calls, Operation, Order, SpMM, SpMV, load
-from sparsify_compiler.runtime.cusparse_blocked_ell import BlockedEllMatrix
-from sparsify_compiler.runtime.cusparse_bsr import MATRIX_VERSION, VECTOR_VERSION, BsrMatrix
-from sparsify_compiler.runtime.cusparse_csr import CsrMatrix
+from sparsify_compiler.runtime.cusparse import library as cusparse
+from sparsify_compiler.runtime.cusparse.blocked_ell import BlockedEllMatrix
+from sparsify_compiler.runtime.cusparse.bsr import MATRIX_VERSION, VECTOR_VERSION, BsrMatrix
+from sparsify_compiler.runtime.cusparse.csr import CsrMatrix
+from sparsify_compiler.runtime.cusparse.library import DATA_TYPES, SIGNATURES, Calls, Operation, Order, SpMM, SpMV, load
 
 NUMBERS = {
     "CUSPARSE_ORDER_COL": Order.COLUMN,

@@ -13,11 +13,11 @@ from kernels import choose
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime import cusparse_product
-from sparsify_compiler.runtime.cusparse_blocked_ell import CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
-from sparsify_compiler.runtime.cusparse_plans import InstalledLibrary
+from sparsify_compiler.runtime.cusparse import product as cusparse_product
+from sparsify_compiler.runtime.cusparse.blocked_ell import CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
+from sparsify_compiler.runtime.cusparse.plans import InstalledLibrary
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.oracle import difference
 
@@ -226,7 +226,7 @@ def test_each_kernel_says_what_it_cannot_run() -> None:
 
 def test_a_missing_library_is_a_reason_and_an_error_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "found no libcusparse.so: pip install nvidia-cusparse"
-    monkeypatch.setattr("sparsify_compiler.runtime.cusparse_plans.load", lambda: words)
+    monkeypatch.setattr("sparsify_compiler.runtime.cusparse.plans.load", lambda: words)
     spec = MatmulSpec(64, 64, torch.float16, Block(16, 16), 0.5, (1,), CUDA, (9, 0))
     for kernel in (CusparseCsr(), CusparseBsr(), CusparseBlockedEll()):
         assert kernel.rejects(spec) == words

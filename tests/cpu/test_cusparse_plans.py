@@ -15,9 +15,9 @@ from fake_cusparse import FakeLibrary
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Prepared
 from sparsify_compiler.pattern import Block, Pattern, Unstructured
-from sparsify_compiler.runtime.cusparse_blocked_ell import CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
+from sparsify_compiler.runtime.cusparse.blocked_ell import CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
 from sparsify_compiler.runtime.formats import unpack
 from sparsify_compiler.runtime.oracle import difference
 

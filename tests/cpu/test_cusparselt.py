@@ -15,9 +15,11 @@ from kernels import choose
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime import cusparselt_plans
-from sparsify_compiler.runtime.cusparselt import CuSparseLt, TorchProducts, read_algorithm
-from sparsify_compiler.runtime.cusparselt_plans import (
+from sparsify_compiler.runtime.formats import format_for, unpack
+from sparsify_compiler.runtime.kernels import spec_for
+from sparsify_compiler.runtime.nm import cusparselt_plans
+from sparsify_compiler.runtime.nm.cusparselt import CuSparseLt, TorchProducts, read_algorithm
+from sparsify_compiler.runtime.nm.cusparselt_plans import (
     SIGNATURES,
     Algorithm,
     Plans,
@@ -25,8 +27,6 @@ from sparsify_compiler.runtime.cusparselt_plans import (
     plan_for,
     wheel_files,
 )
-from sparsify_compiler.runtime.formats import format_for, unpack
-from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import difference
 
 HALF, BRAIN = torch.float16, torch.bfloat16

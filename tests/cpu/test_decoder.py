@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.errors import ModelError
-from sparsify_compiler.runtime.decoder import CONFIGS, Decoder, DecoderConfig, read_config
+from sparsify_compiler.runtime.benchmark.decoder import CONFIGS, Decoder, DecoderConfig, read_config
 
 SMALL = DecoderConfig(32, 48, 2, 4, 2, 8, 50, 10000.0, 1e-5)
 

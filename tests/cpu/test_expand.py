@@ -9,10 +9,10 @@ from emulated import EmulatedLauncher
 
 from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.expand import ExpandDense
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import difference
+from sparsify_compiler.runtime.unstructured.expand import ExpandDense
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ for the emulator")
 KERNEL = ExpandDense(launcher=EmulatedLauncher())

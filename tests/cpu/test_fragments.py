@@ -11,7 +11,7 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.runtime.formats import format_for, unpack
-from sparsify_compiler.runtime.fragments import pack_fragments, unpack_fragments
+from sparsify_compiler.runtime.nm.fragments import pack_fragments, unpack_fragments
 
 CPU = torch.device("cpu")
 SHAPES = ((16, 64), (1, 4), (7, 5), (33, 70), (48, 192), (17, 131))

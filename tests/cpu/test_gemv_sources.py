@@ -11,12 +11,12 @@ from kernels import choose
 
 from sparsify_compiler.kernel import Kernel
 from sparsify_compiler.pattern import NM, Pattern, Unstructured
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.launch import Argument, CupyLauncher, Program, compiler_options, source_text
 from sparsify_compiler.runtime.launch_limits import MOST_PASSES, token_slices
-from sparsify_compiler.runtime.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
 
 needs_nvrtc = pytest.mark.skipif(CupyLauncher().unavailable() is not None, reason=str(CupyLauncher().unavailable()))
 

@@ -103,7 +103,7 @@ def test_every_name_in_the_order_exists() -> None:
         ("sparsify_compiler.pattern", "def f():\n    from sparsify_compiler.api import compile"),
         ("sparsify_compiler.problem", "from sparsify_compiler.kernel import Packed"),
         ("sparsify_compiler.passes.fold", "from sparsify_compiler.runtime.formats import pack"),
-        ("sparsify_compiler.runtime.tune", "from sparsify_compiler.passes.fold import Fold"),
+        ("sparsify_compiler.runtime.tuning.tune", "from sparsify_compiler.passes.fold import Fold"),
         ("sparsify_compiler.sources.models", "import sparsify_compiler.pipeline.job"),
         ("sparsify_compiler.api", "from sparsify_compiler import compile"),
         ("sparsify_compiler.novelty", "import torch"),

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.api import Options, inspect
-from sparsify_compiler.runtime.modules import SparseLinear
+from sparsify_compiler.runtime.layers.modules import SparseLinear
 
 RECIPE = sc.Recipe((sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.9),))
 

@@ -16,8 +16,8 @@ from sparsify_compiler.errors import FallbackWarning, KernelError
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime.formats import format_for
-from sparsify_compiler.runtime.modules import Running, SparseLinear
-from sparsify_compiler.runtime.operator import sparse_linear
+from sparsify_compiler.runtime.layers.custom_op import sparse_linear
+from sparsify_compiler.runtime.layers.modules import Running, SparseLinear
 from sparsify_compiler.runtime.oracle import difference
 
 PATTERNS: tuple[Pattern, ...] = (Unstructured(), NM(2, 4), Block(4, 4))

@@ -15,8 +15,14 @@ from sparsify_compiler.pattern import NM, Block, Pattern
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.launch import CupyLauncher
-from sparsify_compiler.runtime.nm24 import Nm24Mma, program_for
-from sparsify_compiler.runtime.nm24_variants import MOST_VARIANTS, Variant, first_variant, variant_named, variants_for
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma, program_for
+from sparsify_compiler.runtime.nm.nm24_variants import (
+    MOST_VARIANTS,
+    Variant,
+    first_variant,
+    variant_named,
+    variants_for,
+)
 from sparsify_compiler.runtime.oracle import difference
 from sparsify_compiler.runtime.variants import write_variants
 

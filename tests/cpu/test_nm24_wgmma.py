@@ -15,8 +15,8 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Pattern
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm24_shapes import SHARED_BYTES, Shape, read_shape, shapes_for
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.nm24_shapes import SHARED_BYTES, Shape, read_shape, shapes_for
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
 from sparsify_compiler.runtime.oracle import difference
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -15,8 +15,8 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.runtime.formats import NMFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm_gemv import NmGemv
-from sparsify_compiler.runtime.nm_gemv_packing import from_lane_order, kept_of_group, to_lane_order
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_gemv_packing import from_lane_order, kept_of_group, to_lane_order
 from sparsify_compiler.runtime.oracle import difference
 
 LAUNCHER = EmulatedLauncher(seed=1)

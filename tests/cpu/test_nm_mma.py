@@ -16,7 +16,7 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.runtime.formats import NMFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm_mma import NmMma
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
 from sparsify_compiler.runtime.oracle import difference
 
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ for the emulator")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime.nm_runs import RunOrder, Runs, choose_order, from_runs, order_of, to_runs
+from sparsify_compiler.runtime.nm.nm_runs import RunOrder, Runs, choose_order, from_runs, order_of, to_runs
 
 PATTERNS = tuple(
     NM(keep, of)
@@ -147,7 +147,7 @@ def test_kept_zeros_and_empty_weights_survive() -> None:
 def test_slabs_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, keep = chosen(NM(16, 32), 70, 160)
     whole = to_runs(keep, weight[keep])
-    monkeypatch.setattr("sparsify_compiler.runtime.nm_runs.SLAB_ENTRIES", 1)
+    monkeypatch.setattr("sparsify_compiler.runtime.nm.nm_runs.SLAB_ENTRIES", 1)
     parts = to_runs(keep, weight[keep])
     assert torch.equal(whole.words, parts.words)
     assert torch.equal(whole.masks, parts.masks)

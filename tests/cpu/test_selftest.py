@@ -11,10 +11,10 @@ import torch
 
 from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime import selftest as selftest_module
 from sparsify_compiler.runtime.formats import unpack
-from sparsify_compiler.runtime.selftest import KERNELS, Case, Outcome, SelfTest, case_for
-from sparsify_compiler.runtime.selftest_child import answer, random_packed
+from sparsify_compiler.runtime.tuning import selftest as selftest_module
+from sparsify_compiler.runtime.tuning.selftest import KERNELS, Case, Outcome, SelfTest, case_for
+from sparsify_compiler.runtime.tuning.selftest_child import answer, random_packed
 
 pytestmark = pytest.mark.usefixtures("child_processes")
 

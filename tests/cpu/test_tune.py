@@ -12,8 +12,8 @@ from sparsify_compiler.export.report import Timing
 from sparsify_compiler.kernel import Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.timing import Comparison, CpuStopwatch, compare_pairs, spread
-from sparsify_compiler.runtime.tune import Budget, Verdict, spec_key, tune
+from sparsify_compiler.runtime.tuning.timing import Comparison, CpuStopwatch, compare_pairs, spread
+from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, spec_key, tune
 
 
 def test_a_sparse_kernel_that_is_faster_beyond_the_spread_wins() -> None:

@@ -12,11 +12,11 @@ from scripted import Fake, Script, packed
 
 from sparsify_compiler.kernel import Activation, MatmulSpec
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime import cache as cache_module
-from sparsify_compiler.runtime.cache import DiskCache, default_folder, environment, outcome_key, verdict_key
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.selftest import Outcome, case_for
-from sparsify_compiler.runtime.tune import Budget, Verdict, tune
+from sparsify_compiler.runtime.tuning import cache as cache_module
+from sparsify_compiler.runtime.tuning.cache import DiskCache, default_folder, environment, outcome_key, verdict_key
+from sparsify_compiler.runtime.tuning.selftest import Outcome, case_for
+from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 
 TIMES = {("dense", 1): [10.0], ("sparse", 1): [5.0]}
 

@@ -12,14 +12,14 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime import kernels as release
-from sparsify_compiler.runtime.conv_windows import ConvGeometry
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernel_named, kernels
-from sparsify_compiler.runtime.selftest import Outcome
-from sparsify_compiler.runtime.timing import Measure
-from sparsify_compiler.runtime.tune import Budget
-from sparsify_compiler.runtime.tune_conv import ConvInput, ConvProblem, DenseConv, tune_conv
+from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
+from sparsify_compiler.runtime.tuning.selftest import Outcome
+from sparsify_compiler.runtime.tuning.timing import Measure
+from sparsify_compiler.runtime.tuning.tune import Budget
+from sparsify_compiler.runtime.tuning.tune_conv import ConvInput, ConvProblem, DenseConv, tune_conv
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from sparsify_compiler.graph import MatmulLayout, Site
 from sparsify_compiler.passes.lower import Lowerable
 from sparsify_compiler.pattern import Unstructured
 from sparsify_compiler.pipeline.tuning import Tuner, timings
-from sparsify_compiler.runtime.candidates import Budget
-from sparsify_compiler.runtime.modules import SparseLinear
-from sparsify_compiler.runtime.selftest import SelfTest
+from sparsify_compiler.runtime.layers.modules import SparseLinear
+from sparsify_compiler.runtime.tuning.candidates import Budget
+from sparsify_compiler.runtime.tuning.selftest import SelfTest
 
 CPU = torch.device("cpu")
 QUICK = Budget(seconds=0.02, least_rounds=3, variant_seconds=0.1)

@@ -10,7 +10,7 @@ from scripted import Fake, decide, packed
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed, Prepared
-from sparsify_compiler.runtime.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.formats import unpack
 from sparsify_compiler.runtime.kernels import spec_for

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify_compiler.runtime import timing as timing_module
-from sparsify_compiler.runtime.timing import CpuStopwatch, CudaStopwatch, stopwatch_for
+from sparsify_compiler.runtime.tuning import timing as timing_module
+from sparsify_compiler.runtime.tuning.timing import CpuStopwatch, CudaStopwatch, stopwatch_for
 
 CUDA = torch.device("cuda", 0)
 

@@ -9,11 +9,11 @@ from scripted import Fake, Script, decide, packed
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
-from sparsify_compiler.runtime import cold
-from sparsify_compiler.runtime.cold import MOST_COPIES, copies
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.selftest import Outcome
-from sparsify_compiler.runtime.tune import Budget, tune
+from sparsify_compiler.runtime.tuning import cold
+from sparsify_compiler.runtime.tuning.cold import MOST_COPIES, copies
+from sparsify_compiler.runtime.tuning.selftest import Outcome
+from sparsify_compiler.runtime.tuning.tune import Budget, tune
 from sparsify_compiler.runtime.variants import read_variants, variant_for, write_variants
 
 

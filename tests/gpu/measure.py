@@ -17,7 +17,7 @@ import torch
 
 from sparsify_compiler import DecodeChoice, RandomLayers, bench_decoder, bench_layers, parse_pattern
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.runtime.bench_layers import LayerBench
+from sparsify_compiler.runtime.benchmark.layers import LayerBench
 
 
 @dataclass(frozen=True)

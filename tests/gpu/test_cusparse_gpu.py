@@ -18,15 +18,15 @@ from torch.nn import functional
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Kernel, Packed, Prepared
 from sparsify_compiler.pattern import Block, Pattern, Unstructured
-from sparsify_compiler.runtime.cusparse import load
-from sparsify_compiler.runtime.cusparse_blocked_ell import BLOCKS, CusparseBlockedEll
-from sparsify_compiler.runtime.cusparse_bsr import CusparseBsr
-from sparsify_compiler.runtime.cusparse_csr import CusparseCsr
-from sparsify_compiler.runtime.cusparse_plans import InstalledLibrary
+from sparsify_compiler.runtime.cusparse.blocked_ell import BLOCKS, CusparseBlockedEll
+from sparsify_compiler.runtime.cusparse.bsr import CusparseBsr
+from sparsify_compiler.runtime.cusparse.csr import CusparseCsr
+from sparsify_compiler.runtime.cusparse.library import load
+from sparsify_compiler.runtime.cusparse.plans import InstalledLibrary
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import difference
-from sparsify_compiler.runtime.timing import CudaStopwatch
+from sparsify_compiler.runtime.tuning.timing import CudaStopwatch
 
 NO_CUDA = "needs a CUDA GPU; torch.cuda.is_available() is False"
 MISSING = InstalledLibrary().unavailable() if torch.cuda.is_available() else NO_CUDA

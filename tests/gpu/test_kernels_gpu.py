@@ -10,9 +10,9 @@ from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import Pattern, Unstructured
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import capability, kernels, spec_for
-from sparsify_compiler.runtime.modules import SparseLinear
+from sparsify_compiler.runtime.layers.modules import SparseLinear
 from sparsify_compiler.runtime.oracle import difference
-from sparsify_compiler.runtime.tune import Budget, tune
+from sparsify_compiler.runtime.tuning.tune import Budget, tune
 from sparsify_compiler.runtime.variants import write_variants
 
 pytestmark = [

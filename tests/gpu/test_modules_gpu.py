@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from sparsify_compiler.errors import FallbackWarning
 from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.conv import SparseConv2d
-from sparsify_compiler.runtime.conv_windows import geometry_of
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels, spec_for
-from sparsify_compiler.runtime.modules import SparseLinear
+from sparsify_compiler.runtime.layers.conv import SparseConv2d
+from sparsify_compiler.runtime.layers.conv_windows import geometry_of
+from sparsify_compiler.runtime.layers.modules import SparseLinear
 from sparsify_compiler.runtime.oracle import difference
 
 pytestmark = [

@@ -10,7 +10,7 @@ from sparsify_compiler.kernel import Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
 from sparsify_compiler.runtime.oracle import difference
 
 KERNEL = Nm24Mma()

@@ -9,10 +9,10 @@ from kernels import choose
 
 from sparsify_compiler.kernel import Kernel, Packed, Prepared
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime.cusparselt import CuSparseLt, TorchProducts
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.cusparselt import CuSparseLt, TorchProducts
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
 from sparsify_compiler.runtime.oracle import difference
 
 KERNELS: tuple[Kernel, ...] = (Nm24Wgmma(), CuSparseLt(), CuSparseLt(TorchProducts()))

@@ -5,11 +5,11 @@ import torch
 
 from sparsify_compiler.kernel import Kernel
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime.expand import ExpandDense
 from sparsify_compiler.runtime.formats import NMFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm_mma import NmMma
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
 from sparsify_compiler.runtime.oracle import difference
+from sparsify_compiler.runtime.unstructured.expand import ExpandDense
 from sparsify_compiler.runtime.variants import write_variants
 
 pytestmark = [

@@ -10,15 +10,15 @@ from faulty_gpu_kernels import FIND
 
 from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM
-from sparsify_compiler.runtime.candidates import Budget
-from sparsify_compiler.runtime.cold import cold_copies, last_level_cache, prepared_bytes
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.oracle import difference
-from sparsify_compiler.runtime.selftest import Outcome, SelfTest
-from sparsify_compiler.runtime.timing import CudaStopwatch
-from sparsify_compiler.runtime.tune import tune
+from sparsify_compiler.runtime.tuning.candidates import Budget
+from sparsify_compiler.runtime.tuning.cold import cold_copies, last_level_cache, prepared_bytes
+from sparsify_compiler.runtime.tuning.selftest import Outcome, SelfTest
+from sparsify_compiler.runtime.tuning.timing import CudaStopwatch
+from sparsify_compiler.runtime.tuning.tune import tune
 
 pytestmark = [
     pytest.mark.gpu,

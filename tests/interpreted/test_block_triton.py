@@ -19,7 +19,7 @@ from kernels import choose
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, Packed
 from sparsify_compiler.pattern import Block
-from sparsify_compiler.runtime.block import BlockTriton
+from sparsify_compiler.runtime.block.many_tokens import BlockTriton
 from sparsify_compiler.runtime.formats import BlockFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import difference

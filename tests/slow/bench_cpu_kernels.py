@@ -14,14 +14,14 @@ import numba
 import torch
 
 from sparsify_compiler.pattern import Block, Pattern, Unstructured
-from sparsify_compiler.runtime.bench_layers import random_layer
-from sparsify_compiler.runtime.block_gather import BlockGather
-from sparsify_compiler.runtime.csr import TorchCsr
+from sparsify_compiler.runtime.benchmark.layers import random_layer
+from sparsify_compiler.runtime.cpu.block_gather import BlockGather
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
+from sparsify_compiler.runtime.cpu.numba_block import NumbaBlock
+from sparsify_compiler.runtime.cpu.numba_csr import NumbaCsr
 from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.numba_block import NumbaBlock
-from sparsify_compiler.runtime.numba_csr import NumbaCsr
-from sparsify_compiler.runtime.tune import Budget, tune
+from sparsify_compiler.runtime.tuning.tune import Budget, tune
 
 SHAPES = ((1536, 576), (576, 1536), (4096, 4096))
 PATTERNS: tuple[Pattern, ...] = (Unstructured(), Block(16, 16), Block(32, 32), Block(64, 64))

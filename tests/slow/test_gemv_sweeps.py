@@ -10,11 +10,11 @@ from kernels import choose
 
 from sparsify_compiler.kernel import Kernel
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.runtime.bitmap_gemv import BitmapGemv
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm_gemv import NmGemv
+from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
 from sparsify_compiler.runtime.oracle import difference
+from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
 
 LAUNCHER = EmulatedLauncher()
 GROUPS = tuple(NM(keep, of) for of in (4, 8, 16, 32) for keep in range(1, of, max(1, of // 8)))

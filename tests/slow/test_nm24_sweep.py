@@ -11,7 +11,7 @@ from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm24 import Nm24Mma
+from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
 from sparsify_compiler.runtime.oracle import difference
 
 MISSING = EmulatedLauncher().unavailable()

@@ -12,8 +12,8 @@ from kernels import choose
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm24_shapes import CLUSTERS, ROW_TILES, SPLITS, TOKEN_TILES, Shape, Way
-from sparsify_compiler.runtime.nm24_wgmma import Nm24Wgmma
+from sparsify_compiler.runtime.nm.nm24_shapes import CLUSTERS, ROW_TILES, SPLITS, TOKEN_TILES, Shape, Way
+from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
 from sparsify_compiler.runtime.oracle import difference
 
 pytestmark = [

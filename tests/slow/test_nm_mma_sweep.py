@@ -1,4 +1,4 @@
-"""Every pattern, dtype and token count to 130 of the n:m tensor-core kernel, run by the emulator. About four minutes on two cores."""
+"""Every pattern, dtype and token count to 130 of the n:m tensor-core kernel, emulated: four minutes on two cores."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from emulated import EmulatedLauncher
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import NMFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.nm_mma import NmMma
+from sparsify_compiler.runtime.nm.nm_mma import NmMma
 from sparsify_compiler.runtime.oracle import difference
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ for the emulator")

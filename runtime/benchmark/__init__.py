@@ -1,0 +1,1 @@
+"""What the benchmark measures: whole models, single layers, a decoder of real size."""

@@ -1,0 +1,1 @@
+"""Kernels that run on a CPU: compressed rows and blocks."""

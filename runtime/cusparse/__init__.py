@@ -1,0 +1,1 @@
+"""NVIDIA's cuSPARSE through ctypes: CSR, BSR and Blocked-ELL."""

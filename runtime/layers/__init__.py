@@ -1,0 +1,1 @@
+"""Sparse layers as torch modules, over one operator."""

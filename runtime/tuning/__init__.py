@@ -1,0 +1,1 @@
+"""Which kernel runs a weight: self-tests, timing, verdicts, and the cache that keeps them."""

@@ -1,0 +1,229 @@
+"""From measured rounds to a verdict: pure arithmetic, no clock and no kernel.
+
+One weight copy serves all token counts, so the kernel with the greatest mean gain over the counts that were asked wins
+(the geometric mean of its ratios to dense), when that gain exceeds the spread and no count loses more than a tenth.
+Where another kernel is faster at some counts beyond the spread, a routed kernel that keeps both orders of the weight is
+weighed against it in the same way.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sparsify_compiler.runtime.routed import MOST_PARTS, routed_name
+from sparsify_compiler.runtime.tuning.timing import Comparison, compare_pairs
+
+DENSE = "dense"
+LEAST_SPEEDUP = 0.9
+"""The least ratio to dense that a chosen kernel may have at any token count that was asked."""
+LEAST_GAIN = 1.02
+"""What a route must gain over the best single kernel to be worth the memory of a second order of the weight."""
+
+Times = Mapping[str, Mapping[int, Sequence[float]]]
+"""By kernel and token count, the microseconds of every round; a candidate given up early has the first rounds only."""
+
+Parts = tuple[tuple[int | None, str], ...]
+"""A routed kernel by the names of its components; see runtime/routed.py."""
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """One candidate at one token count: medians in microseconds over the rounds.
+
+    `speedup` is the median over the rounds of dense time / this kernel's time, `spread` that ratio's interquartile
+    range over its median. `variant` is the one measured, "" the kernel's own choice. The fields are those of
+    `sparsify_compiler.export.report.Timing`.
+    """
+
+    kernel: str
+    tokens: int
+    time_us: float
+    dense_us: float
+    spread: float
+    speedup: float
+    verdict: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The kernel to run, why in words, what was measured, and each refused kernel with its reason.
+
+    `rounds` is the number of measurements of dense, and of every candidate that was not given up early. `variants`
+    goes into `Prepared.variants`. `size_bytes` are the bytes that each candidate keeps for the weight.
+    """
+
+    kernel: str
+    reason: str
+    timings: tuple[KernelTiming, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    rounds: int = 0
+    variants: str = ""
+    size_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was found of the candidates of one weight, dense among them. `notes` are words for the reader."""
+
+    times: Times
+    variants: Mapping[str, Mapping[int, str]]
+    size_bytes: Mapping[str, int]
+    notes: Mapping[str, str]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token counts, each once, in the order they were asked."""
+        return tuple(self.times[DENSE])
+
+    def totals(self, parts: Parts) -> list[float]:
+        """Return a route's microseconds, round by round, as far as all its parts went: the geometric mean over counts.
+
+        So a ratio of two routes is the mean of their ratios at each token count, all of the same weight. A sum would
+        let the largest count decide alone, and a layer be slower wherever it decodes.
+        """
+        rows = zip(*(self.times[runs(parts, n)][n] for n in self.tokens), strict=False)
+        return [statistics.geometric_mean(row) for row in rows]
+
+    def compare(self, first: Parts, second: Parts) -> Comparison:
+        """Compare two routes over all token counts in the rounds that both were measured in."""
+        a, b = self.totals(first), self.totals(second)
+        common = min(len(a), len(b))
+        return compare_pairs(a[:common], b[:common])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A route (one part where a single kernel runs it all) and why."""
+
+    parts: Parts
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, a routed one's where it has several parts."""
+        return routed_name(self.parts)
+
+
+def single(name: str) -> Parts:
+    """Return the route that runs one kernel at every token count."""
+    return ((None, name),)
+
+
+def runs(parts: Parts, tokens: int) -> str:
+    """Name the kernel that a route runs at `tokens` rows."""
+    return next(name for bound, name in parts if bound is None or tokens <= bound)
+
+
+def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) -> Choice:
+    """Choose by the rules above. `dense_copy` lets dense be a part of a route, `routes` any route at all."""
+    sparse = [name for name in measured.times if name != DENSE]
+    gains = {name: measured.compare(single(DENSE), single(name)) for name in sparse}
+    leader = max(sparse, key=lambda name: gains[name].speedup)
+    winners = [name for name in sparse if gains[name].words() == "faster" and _bearable(single(name), measured)]
+    if winners:
+        best = max(winners, key=lambda name: gains[name].speedup)
+        choice = Choice(single(best), describe(best, measured))
+    else:
+        choice = Choice(single(DENSE), f"dense: {'; '.join(describe(name, measured) for name in sparse)}")
+    if not routes:
+        return choice
+    route = _route(best if winners else leader, sparse, measured)
+    if _gains(choice.parts, route, measured):
+        choice = Choice(route, _words(route, choice.parts, measured))
+    with_dense = _route(runs(choice.parts, measured.tokens[0]), [DENSE, *sparse], measured)
+    if DENSE in {name for _, name in with_dense} and _gains(choice.parts, with_dense, measured):
+        words = _words(with_dense, choice.parts, measured)
+        if dense_copy:
+            return Choice(with_dense, words)
+        return Choice(
+            choice.parts, f"{choice.reason}; not taken for the memory of a dense copy (dense_copy allows it): {words}"
+        )
+    return choice
+
+
+def describe(name: str, measured: Measured) -> str:
+    """Say how a candidate did against dense over all token counts."""
+    total = measured.compare(single(DENSE), single(name))
+    rounds = len(measured.totals(single(name)))
+    early = " (given up early)" if rounds < len(measured.totals(single(DENSE))) else ""
+    words = (
+        f"{name}: {total.words()}, {total.speedup:.2f}x over {_list(measured.tokens)} tokens on average, "
+        f"spread {total.spread:.0%}, {rounds} rounds{early}"
+    )
+    rows = [timing(name, n, measured) for n in measured.tokens]
+    if lost := [row for row in rows if row.verdict.startswith("slower")]:
+        words += f"; slower at {', '.join(f'{row.tokens} ({row.speedup:.2f}x)' for row in lost)}"
+        if total.words() == "faster" and not _bearable(single(name), measured):
+            words += f", where {LEAST_SPEEDUP}x is the least that is taken"
+    return words + (f"; {measured.notes[name]}" if measured.notes.get(name) else "")
+
+
+def timing(name: str, tokens: int, measured: Measured, shown: str = "") -> KernelTiming:
+    """Sum up one candidate at one token count, under the name `shown` where given."""
+    sparse = measured.times[name][tokens]
+    dense = measured.times[DENSE][tokens][: len(sparse)]
+    pair = compare_pairs(dense, sparse)
+    return KernelTiming(
+        kernel=shown or name,
+        tokens=tokens,
+        time_us=statistics.median(sparse),
+        dense_us=statistics.median(dense),
+        spread=pair.spread,
+        speedup=pair.speedup,
+        verdict=f"{pair.words()}: {pair.speedup:.2f}x, spread {pair.spread:.0%}",
+        variant=measured.variants.get(name, {}).get(tokens, ""),
+    )
+
+
+def _route(start: str, names: Sequence[str], measured: Measured) -> Parts:
+    """Let `start` run everything but the counts where another of `names` is faster beyond the spread."""
+    winners = {n: _fastest(start, names, n, measured) for n in sorted(measured.tokens)}
+    parts: list[tuple[int | None, str]] = []
+    for tokens, name in winners.items():
+        if parts and parts[-1][1] == name:
+            parts.pop()
+        parts.append((tokens, name))
+    if len(parts) > MOST_PARTS:
+        return single(start)
+    return (*parts[:-1], (None, parts[-1][1]))
+
+
+def _fastest(start: str, names: Sequence[str], tokens: int, measured: Measured) -> str:
+    best, best_speedup = start, 1.0
+    for name in names:
+        a, b = measured.times[start][tokens], measured.times[name][tokens]
+        common = min(len(a), len(b))
+        pair = compare_pairs(a[:common], b[:common])
+        if pair.words() == "faster" and pair.speedup > best_speedup:
+            best, best_speedup = name, pair.speedup
+    return best
+
+
+def _gains(old: Parts, new: Parts, measured: Measured) -> bool:
+    """Say whether a route is faster than dense beyond the spread, and than the choice so far by LEAST_GAIN as well."""
+    against_both = (measured.compare(other, new).words() == "faster" for other in (old, single(DENSE)))
+    gain = measured.compare(old, new).speedup
+    return len(new) > 1 and all(against_both) and gain >= LEAST_GAIN and _bearable(new, measured)
+
+
+def _bearable(parts: Parts, measured: Measured) -> bool:
+    """Say whether a route loses no more than LEAST_SPEEDUP allows at any token count."""
+    return all(timing(runs(parts, n), n, measured).speedup >= LEAST_SPEEDUP for n in measured.tokens)
+
+
+def _words(route: Parts, instead: Parts, measured: Measured) -> str:
+    name = routed_name(route)
+    gain, over = measured.compare(single(DENSE), route), measured.compare(instead, route)
+    each = dict.fromkeys(component for _, component in route)
+    sizes = " + ".join(f"{component} {measured.size_bytes.get(component, 0) / 2**20:.1f}" for component in each)
+    beside = "" if instead == single(DENSE) else f", {over.speedup:.2f}x over {routed_name(instead)} alone"
+    notes = "".join(f"; {component}: {note}" for component in each if (note := measured.notes.get(component)))
+    return (
+        f"{name}: faster, {gain.speedup:.2f}x over {_list(measured.tokens)} tokens on average{beside}, "
+        f"spread {gain.spread:.0%}, keeping {sizes} MiB{notes}"
+    )
+
+
+def _list(tokens: tuple[int, ...]) -> str:
+    return ", ".join(str(n) for n in tokens)

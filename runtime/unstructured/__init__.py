@@ -1,0 +1,1 @@
+"""Unstructured weights on a GPU: a GEMV for few tokens, expansion to dense for many."""
