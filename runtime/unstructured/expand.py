@@ -15,7 +15,7 @@ from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
 from sparsify_compiler.runtime.rows import ALIGNMENT, round_up
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LEAST = (7, 0)
+LEAST = (8, 0)
 WARPS = 8
 COLUMNS = 1024
 """Columns of a row that a warp expands, and for which `starts` has an entry."""
