@@ -133,7 +133,7 @@ def _sparse_linear(packed: Packed, verdict: Verdict, batch: int) -> nn.Module:
         linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(unpack(packed), requires_grad=False)
         return linear
-    return SparseLinear(packed, None, verdict.kernel, (batch,), verdict.variants)
+    return SparseLinear(packed, None, verdict.kernel, (batch,), verdict.variants, offload=True)
 
 
 def _dense_linear(shape: tuple[int, int], case: DecodeCase, seed: int) -> nn.Module:
@@ -173,5 +173,7 @@ def _check_memory(config: DecoderConfig, case: DecodeCase) -> None:
 
 
 def _bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes on the model's own device: what offloaded layers keep in host memory is not counted."""
+    home = next(model.parameters()).device
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == home]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

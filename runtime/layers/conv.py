@@ -33,6 +33,7 @@ class SparseConv2d(nn.Module):
         tokens: tuple[int, ...] = (1,),
         variants: str = "",
         activation: Activation | None = None,
+        offload: bool = False,
     ) -> None:
         """Hold one packed weight (out / groups, kernel height * width * channels / groups) a group, tap-major.
 
@@ -52,7 +53,7 @@ class SparseConv2d(nn.Module):
         self.geometry = geometry
         pieces = [None] * geometry.groups if bias is None else list(bias.chunk(geometry.groups))
         self.products = nn.ModuleList(
-            SparseLinear(part, piece, kernel, tokens, variants, activation, geometry.run)
+            SparseLinear(part, piece, kernel, tokens, variants, activation, geometry.run, offload)
             for part, piece in zip(packed, pieces, strict=True)
         )
 

@@ -35,8 +35,10 @@ class SparseLinear(nn.Module):
 
     The packed tensors are buffers, saved and loaded by their names in runtime/formats.py. What the kernel made of
     them is rebuilt after `load_state_dict` and after every move to a device or dtype, and is never saved. Where the
-    kernel cannot run after a move the layer runs dense, with a FallbackWarning; `running` tells at any time. Under
-    autocast the product runs in the weight's dtype, the one that was measured, and returns the autocast dtype.
+    kernel cannot run after a move the layer runs dense, with a FallbackWarning; `running` tells at any time. With
+    `offload`, and on a GPU, the packed tensors stay in host memory, so that the GPU holds the weight once: they are
+    saved and loaded as ever, and brought back for as long as a move or a load needs them. Under autocast the product
+    runs in the weight's dtype, the one that was measured, and returns the autocast dtype.
     """
 
     values: Tensor
@@ -51,6 +53,7 @@ class SparseLinear(nn.Module):
         variants: str = "",
         activation: Activation | None = None,
         run: int | None = None,
+        offload: bool = False,
     ) -> None:
         """Hold `packed` and `bias` (out,); run them by the kernel named `kernel`, tuned for `tokens`.
 
@@ -72,7 +75,8 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.layout, self.pattern = packed.layout, packed.pattern
         self.kernel, self.tokens, self.variants = kernel, tokens, variants
-        self.activation, self.run = activation, run
+        self.activation, self.run, self.offload = activation, run, offload
+        self._home, self._offloaded = packed.tensors["values"].device, False
         for name in packed_tensors(packed.layout):
             self.register_buffer(name, packed.tensors[name])
         own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
@@ -106,14 +110,14 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The packed weight: the module's own tensors, not copies."""
+        """The packed weight: the module's own tensors, not copies, in host memory where they are offloaded."""
         tensors = {name: cast(Tensor, getattr(self, name)) for name in packed_tensors(self.layout)}
         return Packed(self.layout, self.pattern, (self.out_features, self.in_features), tensors)
 
     @property
     def weight(self) -> Tensor:
         """The dense (out, in) weight, unpacked at every call: for code that asks a layer for its weight's dtype."""
-        return unpack(self.packed)
+        return unpack(self.packed).to(self._home)
 
     @property
     def running(self) -> Running:
@@ -138,6 +142,8 @@ class SparseLinear(nn.Module):
     def _prepare(self) -> str:
         """Prepare `kernel`, or dense and return why; the meta device has no data and no reason."""
         self._forget()
+        self._bring_back()
+        self._home = self.values.device
         if self.values.is_meta:
             self._running = Running("", "no data yet (meta device); load a state dict with assign=True")
             return ""
@@ -160,6 +166,9 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._held = Prepared(kernel.name, prepared.shape, prepared.tensors, self.variants)
         self._kernel, self._running = kernel, Running(kernel.name, reason)
+        if self._may_offload():
+            self._put_packed(torch.device("cpu"))
+            self._offloaded = True
         return reason
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +179,7 @@ class SparseLinear(nn.Module):
         """
         # A module looks its tensors up at a cost of a microsecond each, so here they are read where they lie.
         values, bias = cast(Tensor, self._buffers["values"]), self._parameters["bias"]
-        if not self._prepared or x.device != values.device:
+        if not self._prepared or x.device != self._home:
             raise KernelError(self._unfit(x))
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.is_floating_point():
@@ -210,7 +219,7 @@ class SparseLinear(nn.Module):
         return (
             f"SparseLinear({self.in_features}, {self.out_features}) needs x of (..., {self.in_features}) "
             f"{self.values.dtype}; found {tuple(x.shape)} {x.dtype} on {x.device}, the weight on "
-            f"{self.values.device}; convert x, or the module with .to()"
+            f"{self._home}; convert x, or the module with .to()"
         )
 
     def _forget(self) -> None:
@@ -218,9 +227,22 @@ class SparseLinear(nn.Module):
             delattr(self, name)
         self._prepared = ()
 
+    def _may_offload(self) -> bool:
+        return self.offload and self._home.type == "cuda"
+
+    def _bring_back(self) -> None:
+        if self._offloaded and not self.values.is_meta:
+            self._put_packed(self._home)
+        self._offloaded = False
+
+    def _put_packed(self, device: torch.device) -> None:
+        for name in packed_tensors(self.layout):
+            setattr(self, name, cast(Tensor, getattr(self, name)).to(device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         """Move the packed tensors, then prepare again: a kernel's own tensors may depend on device and dtype."""
         self._forget()
+        self._bring_back()  # else a change of dtype alone would leave the layer in host memory
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.prepare()
         return self

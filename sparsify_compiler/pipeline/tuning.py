@@ -121,8 +121,9 @@ class Tuner:
         if part.bias is not None and bias is not None:
             bias.requires_grad_(part.bias.requires_grad)
         if isinstance(part.site.layout, ConvLayout):
-            return SparseConv2d(packed, conv_geometry(part.site), bias, kernel, self.tokens, variants)
-        return SparseLinear(packed[0], bias, kernel, self.tokens, variants)
+            geometry = conv_geometry(part.site)
+            return SparseConv2d(packed, geometry, bias, kernel, self.tokens, variants, offload=True)
+        return SparseLinear(packed[0], bias, kernel, self.tokens, variants, offload=True)
 
     def _bias(self, part: Lowerable) -> Tensor | None:
         return None if part.bias is None else part.bias.detach().to(self.device, self.dtype)

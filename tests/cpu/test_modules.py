@@ -290,3 +290,31 @@ def test_a_packed_weight_of_another_layout_than_its_pattern_runs() -> None:
     packed = format_for(Unstructured()).pack(weight, keep, NM(2, 4))  # a bitmap that records 2:4
     x = torch.randn(3, 16)
     assert difference(SparseLinear(packed, None, "torch_csr")(x), x, weight * keep) is None
+
+
+def test_offloaded_tensors_come_back_for_every_move_and_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[str] = []
+    put = SparseLinear._put_packed
+
+    def recorded(self: SparseLinear, device: torch.device) -> None:
+        moves.append(str(device))
+        put(self, device)
+
+    monkeypatch.setattr(SparseLinear, "_may_offload", lambda self: self.offload)  # as if the CPU were a GPU
+    monkeypatch.setattr(
+        SparseLinear, "_put_packed", lambda self, device: (moves.append(str(device)), put(self, device))
+    )
+    weight, x = torch.randn(8, 12), torch.randn(3, 12)
+    packed = format_for(NM(2, 4)).pack(weight, NM(2, 4).select(weight.abs(), 0.5), NM(2, 4))
+    module = SparseLinear(packed, torch.randn(8), "dense", offload=True)
+    assert moves == ["cpu"]
+    expected = module(x)
+    assert torch.equal(module.double().float()(x), expected)
+    assert moves == ["cpu", *["cpu", "cpu"] * 2]  # each change of dtype: brought back, then put away again
+    other = SparseLinear(packed, torch.zeros(8), "dense", offload=True)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), expected)
+    kept = SparseLinear(packed, None, "dense")
+    moves.clear()
+    kept.double()
+    assert moves == []
