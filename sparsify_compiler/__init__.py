@@ -25,7 +25,7 @@ from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Unstructured, parse_pattern
 from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, parse_recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NM",
