@@ -1,9 +1,14 @@
-"""The lists that every property test of pruning runs over: a new method or pattern is one line here."""
+"""The lists that every property test runs over: a new method or pattern is one line here.
+
+KERNELS names every kernel: those of kernels.py as they run on a CPU, those of doubles.py by what stands in for a GPU.
+"""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from doubles import DOUBLES
+from kernels import KERNELS as CPU_KERNELS
 from torch import Tensor
 
 from sparsify_compiler.passes.prune.magnitude import Magnitude
@@ -11,6 +16,8 @@ from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, Pruner, Targets
+
+KERNELS = tuple(kernel.name for kernel in (*CPU_KERNELS, *DOUBLES))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from doubles import DOUBLES
 from kernels import KERNELS, LAYOUT_PATTERNS, accepted, choose, skip_without_mkl
+from methods import KERNELS as TESTED
 from torch.nn import functional
 
 from sparsify_compiler.errors import KernelError
@@ -159,8 +159,7 @@ def test_a_csr_kernel_shares_the_packed_values() -> None:
 def test_kernels_are_found_by_name_and_dense_comes_first() -> None:
     assert kernels()[0].name == "dense"
     names = [kernel.name for kernel in kernels()]
-    tested = [kernel.name for kernel in KERNELS] + [double.name for double in DOUBLES]
-    assert sorted(names) == sorted([*tested, "block_triton"])  # which tests/interpreted runs
+    assert sorted(names) == sorted([*TESTED, "block_triton"])  # which tests/interpreted runs
     assert all(kernel_named(kernel.name) == kernel for kernel in kernels())
     with pytest.raises(KernelError, match="kernel 'fast': this version has dense, nm24_mma"):
         kernel_named("fast")
