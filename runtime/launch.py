@@ -4,6 +4,7 @@ A source may include "ptx.cuh" and other headers beside it; they are put in plac
 (CuPy keeps it on disk, by the text of the source) never outlives a change of a header.
 """
 
+import array
 import functools
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
+from sparsify_compiler.runtime.on_device import device_index
 
 Argument = Tensor | int | None
 """A kernel's argument: a tensor (its address), a whole number (int32) or None (a null address)."""
@@ -80,13 +82,35 @@ class CupyLauncher:
         device: torch.device,
     ) -> None:
         """Launch; see `Launcher`."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        numpy = importlib.import_module("numpy")
-        values = tuple(_value(argument, numpy) for argument in arguments)
+        index = device_index(device)
         with torch.cuda.device(index):
-            function = _load(program, shared_bytes, index)
-            stream = _stream(torch.cuda.current_stream(index).cuda_stream)
-            function(grid, (threads, 1, 1), values, shared_mem=shared_bytes, stream=stream)
+            function = _load(program, index)
+            driver = importlib.import_module("cupy_backends.cuda.api.driver")
+            try:
+                if not driver.ctxGetCurrent():
+                    torch.cuda.mem_get_info(index)  # a thread that never used CUDA: any call of the runtime binds it
+                stream = torch.cuda.current_stream(index).cuda_stream
+                enqueue(driver, function.ptr, (*grid, threads, 1, 1, shared_bytes, stream), arguments)
+            except RuntimeError as error:
+                raise KernelError(
+                    f"{program.source}: {program.function} cannot be launched with grid {grid}, {threads} threads and "
+                    f"{shared_bytes} bytes of shared memory ({_first_error(error)}); choose another kernel"
+                ) from error
+
+
+def enqueue(driver: Any, function: int, shape: tuple[int, ...], arguments: Sequence[Argument]) -> None:
+    """Call the driver's launch as `cupy_backends.cuda.api.driver` offers it.
+
+    `shape` is grid, block, bytes of shared memory and stream. CuPy's own `Function` would ask the runtime for the free
+    memory at a thread's first launch, which may be within a capture, and takes a Python object an argument.
+
+    Raises:
+        KernelError: a number does not fit int32.
+    """
+    values = array.array("q", [_value(argument) for argument in arguments])
+    start, count = values.buffer_info()
+    places = array.array("Q", range(start, start + 8 * count, 8))  # where the driver reads each argument from
+    driver.launchKernel(function, *shape, places.buffer_info()[0], 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,16 +128,6 @@ def compiler_options(program: Program, capability: tuple[int, int]) -> tuple[str
     return ("-std=c++17", f"--gpu-architecture=sm_{architecture}", *defines)
 
 
-@dataclass(frozen=True)
-class _Stream:
-    """A stream by its address, in the protocol that CuPy reads foreign streams by."""
-
-    address: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.address
-
-
 @functools.lru_cache(maxsize=1)
 def _missing() -> str | None:
     if importlib.util.find_spec("cupy") is None:
@@ -127,32 +141,46 @@ def _missing() -> str | None:
     return None
 
 
-def _value(argument: Argument, numpy: Any) -> Any:
+def _value(argument: Argument) -> int:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    return 0 if argument is None else numpy.int32(argument)
+    if argument is None:
+        return 0
+    if not -(2**31) <= argument < 2**31:
+        raise KernelError(f"a kernel was given {argument}, which does not fit int32; split the product")
+    return argument
 
 
 @functools.lru_cache(maxsize=4096)
-def _load(program: Program, shared_bytes: int, device: int) -> Any:
-    """Compile for the current device, `device`; a kernel that asks for more shared memory than 48 KiB says so once."""
-    cupy = importlib.import_module("cupy")
+def _load(program: Program, device: int) -> Any:
+    """Compile for the current device, `device`, and let the function take all shared memory that a block may have.
+
+    The limit belongs to the function, not to a launch: one that followed the launches would have to grow with them.
+    """
     options = compiler_options(program, torch.cuda.get_device_capability(device))
-    with cupy.cuda.Device(device):
-        try:
+    try:
+        cupy = importlib.import_module("cupy")
+        runtime = cupy.cuda.runtime
+        most_shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
+        with cupy.cuda.Device(device):
             module = cupy.RawModule(code=source_text(program.source), options=options, backend="nvrtc")
             kernel = module.get_function(program.function)
-            if shared_bytes > 48 * 1024:
-                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            kernel.max_dynamic_shared_size_bytes = most_shared
             return kernel.kernel
-        except (RuntimeError, cupy.cuda.compiler.CompileException) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise KernelError(
-                f"{program.source}: {program.function} cannot be built for this GPU "
-                f"({' '.join(options)}): {lines[0] if lines else type(error).__name__}"
-            ) from error
+    except (RuntimeError, ImportError, OSError) as error:  # OSError: CuPy's cache folder cannot be written
+        raise KernelError(_cannot_build(program, options, error)) from error
+    except cupy.cuda.compiler.CompileException as error:
+        raise KernelError(_cannot_build(program, options, error)) from error
 
 
-@functools.lru_cache(maxsize=1024)
-def _stream(address: int) -> Any:
-    return importlib.import_module("cupy").cuda.Stream.from_external(_Stream(address))
+def _cannot_build(program: Program, options: Sequence[str], error: Exception) -> str:
+    return (
+        f"{program.source}: {program.function} cannot be built for this GPU ({' '.join(options)}): "
+        f"{_first_error(error)}; choose another kernel, or update CuPy and NVRTC"
+    )
+
+
+def _first_error(error: Exception) -> str:
+    """Return the line that matters: a compiler's log may begin with warnings."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
