@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
-from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.errors import CalibrationError, first_line
 from sparsify_compiler.graph import Graph, Observer, Site, Values
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Targets
@@ -214,10 +214,9 @@ class Walk:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:  # what torch raises for sizes and ids that do not fit
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CalibrationError(
-                f"calibration batch {number} cannot be run through {self.graph.segments[index].name}: {reason}; "
-                "every batch must fit the model, in sizes and in vocabulary"
+                f"calibration batch {number} cannot be run through {self.graph.segments[index].name}: "
+                f"{first_line(error)}; every batch must fit the model, in sizes and in vocabulary"
             ) from error
 
     def _dense_inputs(self, index: int, number: int, moments: Mapping[str, Moments]) -> dict[str, list[Tensor]]:

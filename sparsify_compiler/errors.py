@@ -51,3 +51,8 @@ class TrustError(SparsifyError):
 
 class FallbackWarning(UserWarning):
     """A sparse layer that runs dense where it was moved to, because its kernel cannot run there."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that others raised, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.errors import KernelError, ModelError
+from sparsify_compiler.errors import KernelError, ModelError, first_line
 from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.benchmark.decoder import Decoder, DecoderConfig
-from sparsify_compiler.runtime.benchmark.graphed import graphed
 from sparsify_compiler.runtime.benchmark.layers import random_layer
 from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare
 from sparsify_compiler.runtime.formats import unpack
+from sparsify_compiler.runtime.graphs import graphed
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.layers.modules import SparseLinear
 from sparsify_compiler.runtime.oracle import difference
@@ -116,7 +116,7 @@ def _ways(
                 try:
                     ways.append((f"{name}, CUDA graph", graphed(call, case.device)))
                 except RuntimeError as error:
-                    notes.append(f"{name}: no CUDA graph: {str(error).splitlines()[0]}")
+                    notes.append(f"{name}: no CUDA graph: {first_line(error)}")
     return ways, tuple(notes)
 
 

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,24 +20,35 @@ from typing import Any
 
 import torch
 
-from sparsify_compiler.kernel import Activation, MatmulSpec
+from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
+from sparsify_compiler.runtime.machine import driver, processor
 from sparsify_compiler.runtime.tuning.cold import last_level_cache
 from sparsify_compiler.runtime.tuning.selftest import Case, Outcome
 from sparsify_compiler.runtime.tuning.verdicts import KernelTiming, Verdict
 
+RUNTIME = Path(__file__).parents[1]
+
 FORMAT = 1
 """Of the files; one of another format is measured again."""
 
-_LIBRARIES = ("torch", "cupy", "triton", "pytorch-triton", "numba", "llvmlite", "mkl", "numpy", "nvidia-")
+_LIBRARIES: tuple[str, ...] = ("sparsify-compiler", "torch", "cupy", "triton", "pytorch-triton", "numba", "llvmlite")
+_LIBRARIES += ("mkl", "numpy", "nvidia-")
+"""How the names of distributions begin that run or compile kernels."""
 
 Key = Mapping[str, Any]
 """Plain JSON values."""
 
 
-def default_folder() -> Path:
-    """Return the user's own cache folder: $XDG_CACHE_HOME/sparsify_compiler, else ~/.cache/sparsify_compiler."""
+def default_folder() -> Path | None:
+    """Return the user's own cache folder: $XDG_CACHE_HOME/sparsify_compiler, else ~/.cache/sparsify_compiler.
+
+    None for a user without a home, as in some containers: then nothing is kept.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "sparsify_compiler"
+    if os.path.isabs(root):
+        return Path(root) / "sparsify_compiler"
+    home = os.path.expanduser("~")
+    return Path(home) / ".cache" / "sparsify_compiler" if os.path.isabs(home) else None
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,9 @@ class DiskCache:
         warnings.warn(f"ignoring the cache file {path}: {why}; it is measured and written again", stacklevel=2)
 
 
-def verdict_key(
-    spec: MatmulSpec, kernels: Sequence[str], bias: bool, activation: Activation | None, how: Mapping[str, Any]
-) -> Key:
-    """Return all that decides a verdict; `how` are the choices of the measurement, as plain values."""
-    layer = {
+def layer_key(spec: MatmulSpec, bias: bool, activation: Activation | None) -> Key:
+    """Return what decides a layer's verdict on one machine: layers of equal keys share it. Densities count to 1 %."""
+    return {
         "out": spec.out,
         "in": spec.in_,
         "dtype": str(spec.dtype),
@@ -132,7 +140,11 @@ def verdict_key(
         "bias": bias,
         "activation": activation,
     }
-    return {"layer": layer, "kernels": list(kernels), "how": dict(how), **environment(spec.device)}
+
+
+def verdict_key(layer: Key, kernels: Sequence[Kernel], device: torch.device, how: Mapping[str, Any]) -> Key:
+    """Return all that decides a verdict: what `layer_key` says, the rivals, and `how` they were measured."""
+    return {"layer": layer, "kernels": sorted(k.name for k in kernels), "how": dict(how), **environment(device)}
 
 
 def outcome_key(case: Case) -> Key:
@@ -148,18 +160,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         here["device"] = [properties.name, properties.major, properties.minor, properties.multi_processor_count]
-        here["driver"] = [_driver(), torch.version.cuda]
+        here["driver"] = [driver(), torch.version.cuda]
         return here
-    here["device"] = [device.type, _processor(), last_level_cache(device)]
+    here["device"] = [device.type, processor(), last_level_cache(device)]
     here["threads"] = torch.get_num_threads()
     return here
 
 
 @functools.lru_cache(maxsize=1)
-def sources_hash() -> str:
-    """Hash our own sources of runtime: another version of a kernel is another kernel."""
+def sources_hash(folder: Path = RUNTIME) -> str:
+    """Hash our own sources: another version of a kernel, or of what measures it, is another kernel."""
     state = hashlib.sha256()
-    folder = Path(__file__).parent
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".cu", ".cuh"):
             state.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -169,31 +180,12 @@ def sources_hash() -> str:
 @functools.lru_cache(maxsize=1)
 def _libraries() -> tuple[tuple[str, str], ...]:
     """List the versions of ourselves and of the libraries that run or compile kernels."""
-    found = {}
+    found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        name = str(distribution.metadata["Name"] or "").lower()
-        if name.startswith(_LIBRARIES) or name.replace("_", "-") == "sparsify-compiler":
-            found[name] = distribution.version
+        name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name.startswith(_LIBRARIES):
+            found.setdefault(name, distribution.version)  # of two on the path Python imports the first
     return tuple(sorted(found.items()))
-
-
-@functools.lru_cache(maxsize=1)
-def _driver() -> str:
-    """Return the NVIDIA driver's own line where Linux shows it, else the CUDA version it offers."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):  # Windows, or a container without it
-        return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]  # only in CUDA builds
-
-
-@functools.lru_cache(maxsize=1)
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return model or f"{platform.machine()} {platform.processor()}"
 
 
 def _verdict(table: dict[str, Any]) -> Verdict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, first_line
 from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed, Prepared
 from sparsify_compiler.runtime.formats import unpack
 from sparsify_compiler.runtime.oracle import Expected, expected
@@ -206,8 +206,3 @@ class _Loader:
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error is about memory: CUDA's, Python's, or the RuntimeError of PyTorch's CPU allocator."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

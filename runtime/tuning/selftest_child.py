@@ -19,13 +19,13 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, first_line
 from sparsify_compiler.kernel import Kernel, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM, Block, Pattern, parse_pattern
 from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.oracle import Expected, expected
-from sparsify_compiler.runtime.tuning.candidates import checked_rows, first_line, is_out_of_memory
+from sparsify_compiler.runtime.tuning.candidates import checked_rows, is_out_of_memory
 from sparsify_compiler.runtime.tuning.selftest import Case, Outcome
 from sparsify_compiler.runtime.variants import write_variants
 

@@ -1,6 +1,5 @@
 """How calls are timed: stopwatches for CPU and CUDA, medians, and the words for a comparison."""
 
-import contextlib
 import functools
 import itertools
 import math
@@ -11,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+
+from sparsify_compiler.errors import first_line
+from sparsify_compiler.runtime import graphs
 
 Call = Callable[[], object]
 Words = Literal["faster", "slower", "no difference beyond the spread"]
@@ -95,13 +97,13 @@ class CudaStopwatch:
             turns = self._turns(self._warm(kept), len(kept))
             note = "timed without a CUDA graph"
             if capture:
-                found = self._capture(kept, turns)
-                if isinstance(found, torch.cuda.CUDAGraph):
-                    found.replay()
-                    found.replay()
+                graph = self._captured(kept, turns)
+                if isinstance(graph, torch.cuda.CUDAGraph):
+                    graph.replay()
+                    graph.replay()
                     torch.cuda.synchronize()
-                    return Measure(lambda: self._events_us(found.replay) / (turns * len(kept)))
-                note = f"timed without a CUDA graph, which cannot hold it ({found})"
+                    return Measure(lambda: self._events_us(graph.replay) / (turns * len(kept)))
+                note = f"timed without a CUDA graph, which cannot hold it ({graph})"
         return Measure(lambda: self._events_us(lambda: _run(kept, turns)) / (turns * len(kept)), note)
 
     def now(self) -> float:
@@ -123,31 +125,20 @@ class CudaStopwatch:
         self._stream.synchronize()
         return us / self.warmup
 
-    def _capture(self, calls: tuple[Call, ...], turns: int) -> torch.cuda.CUDAGraph | str:
+    def _captured(self, calls: tuple[Call, ...], turns: int) -> torch.cuda.CUDAGraph | str:
         """Capture, or return in words why it cannot be done."""
-        before, pool = torch.cuda.current_stream(), self._pool()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # An error in another thread's CUDA work must not break this capture: thread_local.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                _run(calls, turns)
+            return graphs.capture(lambda: _run(calls, turns), self._stream, self._pool())
         except torch.OutOfMemoryError:
-            torch.cuda.set_stream(before)
             raise
         except RuntimeError as error:
-            torch.cuda.set_stream(before)  # a capture that cannot end leaves its own stream current
-            _end_pool(torch.cuda.current_device(), pool)
-            torch.cuda.synchronize()
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return graph
+            return first_line(error)
 
     def _pool(self) -> Any:
         """Return the pool of a graph that lives as long as this stopwatch: a pool dies with its last graph."""
         if self._anchor is None:
-            anchor = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(anchor, stream=self._stream, capture_error_mode="thread_local"):
-                torch.zeros(1, device=self.device)
-            self._anchor = anchor
+            handle = torch.cuda.graph_pool_handle()
+            self._anchor = graphs.capture(lambda: torch.zeros(1, device=self.device), self._stream, handle)
         return self._anchor.pool()
 
     def _events_us(self, work: Call) -> float:
@@ -209,17 +200,6 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 def _side_stream(index: int) -> torch.cuda.Stream:
     """Return the stream for measurements on a device: cuBLAS keeps a workspace for every stream it ever ran on."""
     return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
-
-
-def _end_pool(index: int, pool: Any) -> None:
-    """Tell PyTorch's allocator that a capture which could not end is over.
-
-    Up to 2.11 it goes on believing in the capture, and the next time it frees memory it fails (PyTorch #180395).
-    """
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        with contextlib.suppress(RuntimeError):  # a later PyTorch has told it already
-            end(index, pool)
 
 
 def _run(calls: tuple[Call, ...], turns: int) -> None:

@@ -3,7 +3,7 @@
 Design rule 1, measured, never assumed: a kernel wins only when its gain over dense exceeds the spread of the
 measurement. In this order, and each step may refuse a kernel with its reason in words:
 
-    rejects         the kernel's own word on the specification
+    rejects         the kernel's own word on the specification (runtime/tuning/gate.py)
     self-test       a child process, so that a crash or a hang takes nothing down (runtime/tuning/selftest.py)
     check           its result on the real weight against float64, at every token count
     variants        those it names compete at each token count (runtime/tuning/candidates.py)
@@ -12,28 +12,28 @@ measurement. In this order, and each step may refuse a kernel with its reason in
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, first_line
 from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed
 from sparsify_compiler.runtime.routed import Routed
-from sparsify_compiler.runtime.tuning.cache import DiskCache, Key, outcome_key, verdict_key
+from sparsify_compiler.runtime.tuning.cache import DiskCache, layer_key, verdict_key
 from sparsify_compiler.runtime.tuning.candidates import (
     Budget,
     Candidate,
     Job,
     Refusal,
     checked_rows,
-    first_line,
     is_out_of_memory,
     job_for,
     load,
 )
 from sparsify_compiler.runtime.tuning.cold import prepared_bytes, release
-from sparsify_compiler.runtime.tuning.selftest import Outcome, Tester, case_for
+from sparsify_compiler.runtime.tuning.gate import Gate
+from sparsify_compiler.runtime.tuning.selftest import Tester
 from sparsify_compiler.runtime.tuning.timing import Stopwatch, stopwatch_for
 from sparsify_compiler.runtime.tuning.verdicts import (
     DENSE,
@@ -49,16 +49,7 @@ from sparsify_compiler.runtime.tuning.verdicts import (
 )
 from sparsify_compiler.runtime.variants import write_variants
 
-__all__ = ["DENSE", "Budget", "KernelTiming", "Verdict", "spec_key", "tune"]
-
-
-def spec_key(spec: MatmulSpec, bias: bool = False, activation: Activation | None = None) -> Hashable:
-    """Return a key under which layers share one verdict: equal but for the density, which is rounded to 1 %.
-
-    For the caller's memo, so that a model with thirty equal layers is tuned once.
-    """
-    shape = (spec.out, spec.in_, str(spec.dtype), str(spec.pattern), spec.run, round(spec.density, 2))
-    return (*shape, spec.tokens, str(spec.device), spec.capability, bias, activation)
+__all__ = ["DENSE", "Budget", "KernelTiming", "Verdict", "tune"]
 
 
 def tune(
@@ -93,12 +84,12 @@ def tune(
         )
     budget = budget or Budget()
     how = {**dataclasses.asdict(budget), "dense_copy": dense_copy, "self-tested": tester is not None}
-    names_sorted = sorted(kernel.name for kernel in kernels)
-    key = verdict_key(spec, names_sorted, bias is not None, activation, how) if cache else {}
+    layer = layer_key(spec, bias is not None, activation)
+    key = verdict_key(layer, kernels, spec.device, how) if cache else {}
     if cache and (known := cache.verdict(key)):
         return known
     watch = stopwatch or stopwatch_for(spec.device)
-    gate = _Gate(tester, cache, spec, bias is not None, activation)
+    gate = Gate(spec, bias is not None, activation, tester, cache)
     others = [kernel for kernel in kernels if kernel is not dense]
     with torch.no_grad(), torch.autocast(spec.device.type, enabled=False):  # as the layers run their kernels
         job = job_for(packed, spec, bias, activation, watch, budget)
@@ -109,29 +100,7 @@ def tune(
     return verdict
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gate:
-    """The self-tests of one specification, new or known."""
-
-    tester: Tester | None
-    cache: DiskCache | None
-    spec: MatmulSpec
-    bias: bool
-    activation: Activation | None
-
-    def test(self, kernel: Kernel) -> Outcome:
-        if self.tester is None:
-            return Outcome()
-        key: Key = outcome_key(case_for(kernel.name, self.spec, self.bias, self.activation))
-        if self.cache and (known := self.cache.outcome(key)):
-            return known
-        outcome = self.tester.test(kernel.name, self.spec, self.bias, self.activation)
-        if self.cache and outcome.lasting:
-            self.cache.keep_outcome(key, outcome)
-        return outcome
-
-
-def _tune(job: Job, dense: Kernel, others: Sequence[Kernel], gate: _Gate, dense_copy: bool) -> tuple[Verdict, bool]:
+def _tune(job: Job, dense: Kernel, others: Sequence[Kernel], gate: Gate, dense_copy: bool) -> tuple[Verdict, bool]:
     """Return the verdict, and whether it would be the same next time as far as refusals go."""
     spec = job.spec
     first = load(dense, job)
@@ -166,11 +135,8 @@ def _tune(job: Job, dense: Kernel, others: Sequence[Kernel], gate: _Gate, dense_
     return _verdict(choice, measured, refused), lasting
 
 
-def _admit(kernel: Kernel, job: Job, gate: _Gate, dense: Candidate) -> Candidate | Refusal:
-    """Let a kernel start, or say why not; one that may crash is never run here before its self-test."""
-    if reason := kernel.rejects(job.spec):
-        return Refusal(reason)
-    outcome = gate.test(kernel)
+def _admit(kernel: Kernel, job: Job, gate: Gate, dense: Candidate) -> Candidate | Refusal:
+    outcome = gate.ask(kernel)
     if outcome.refused is not None:
         return Refusal(outcome.refused, outcome.lasting)
     return load(kernel, job, dense.measures, capture=outcome.uncapturable is None)

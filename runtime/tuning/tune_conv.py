@@ -6,14 +6,14 @@ was seen to feed the layer, and weights stay warm for both, for a convolution re
 """
 
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, first_line
 from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec, Packed
 from sparsify_compiler.runtime.epilogue import activate
 from sparsify_compiler.runtime.formats import unpack
@@ -21,8 +21,10 @@ from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.layers.conv import SparseConv2d
 from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
 from sparsify_compiler.runtime.oracle import Expected, expected
-from sparsify_compiler.runtime.tuning.candidates import Budget, first_line
+from sparsify_compiler.runtime.tuning.cache import DiskCache, Key, layer_key, verdict_key
+from sparsify_compiler.runtime.tuning.candidates import Budget, Refusal, checked_rows, is_out_of_memory
 from sparsify_compiler.runtime.tuning.cold import release
+from sparsify_compiler.runtime.tuning.gate import Gate
 from sparsify_compiler.runtime.tuning.selftest import Tester
 from sparsify_compiler.runtime.tuning.timing import Measure, Stopwatch, stopwatch_for
 from sparsify_compiler.runtime.tuning.verdicts import DENSE, Measured, Verdict, choose, timing
@@ -58,11 +60,10 @@ class ConvProblem:
         run = self.geometry.run if self.geometry.run != self.geometry.columns else None
         return spec_for(self.packed[0], (self.tokens,), run=run)
 
-    def key(self) -> Hashable:
-        """Return what decides the verdict: equal convolutions are measured once, densities rounded to 1 %."""
-        spec = self.spec()
-        product = (spec.out, spec.in_, str(spec.dtype), str(spec.pattern), round(spec.density, 2), str(spec.device))
-        return (*product, self.geometry, self.input, self.bias is not None, self.activation)
+    def key(self) -> Key:
+        """Return what decides the verdict on one machine: that of the product, the geometry and the input."""
+        whole = {"geometry": asdict(self.geometry), "input": asdict(self.input)}
+        return {**layer_key(self.spec(), self.bias is not None, self.activation), **whole}
 
     def module(self, kernel: str, variants: str = "") -> SparseConv2d:
         """Build the layer on a kernel. Raises KernelError where it cannot run."""
@@ -76,31 +77,45 @@ def tune_conv(
     budget: Budget | None = None,
     stopwatch: Stopwatch | None = None,
     tester: Tester | None = None,
+    cache: DiskCache | None = None,
 ) -> Verdict:
     """Time `kernels` on standard normal images of the problem's size; "dense" among them stands for conv2d itself.
 
-    `tester` tries every kernel first, None trusts them.
+    `tester` tries every kernel first, None trusts them. `cache` gives and keeps verdicts and self-tests.
 
     Raises:
-        KernelError: the input is too small for the kernel.
+        KernelError: the input is too small for the kernel, or does not fit into memory.
     """
-    spec = problem.spec()
-    with torch.no_grad():
-        rivals = _Rivals(problem, budget or Budget(), stopwatch or stopwatch_for(spec.device))
-        refused = {}
-        for kernel in kernels:
-            if kernel.name == DENSE:
-                continue
-            reason = kernel.rejects(spec)
-            if reason is None and tester is not None:
-                reason = tester.test(kernel.name, spec, problem.bias is not None, problem.activation).refused
-            reason = reason or rivals.admit(kernel, spec)
-            if reason is not None:
-                refused[kernel.name] = reason
-        verdict = rivals.verdict(refused)
+    spec, budget = problem.spec(), budget or Budget()
+    how = {**asdict(budget), "self-tested": tester is not None}
+    key = verdict_key(problem.key(), kernels, spec.device, how) if cache else {}
+    if cache and (known := cache.verdict(key)):
+        return known
+    gate = Gate(spec, problem.bias is not None, problem.activation, tester, cache)
+    with torch.no_grad(), torch.autocast(spec.device.type, enabled=False):  # as the layers run their kernels
+        rivals = _start(problem, budget, stopwatch or stopwatch_for(spec.device))
+        asked = (kernel for kernel in kernels if kernel.name != DENSE)
+        found = {kernel.name: refusal for kernel in asked if (refusal := rivals.admit(kernel, gate))}
+        verdict = rivals.verdict({name: refusal.reason for name, refusal in found.items()})
     release(spec.device)
     images = "x".join(str(side) for side in problem.input.shape)
-    return replace(verdict, reason=f"{verdict.reason} (the whole convolution, at input {images})")
+    verdict = replace(verdict, reason=f"{verdict.reason} (the whole convolution, at input {images})")
+    if cache and all(refusal.lasting for refusal in found.values()):
+        cache.keep_verdict(key, verdict)
+    return verdict
+
+
+def _start(problem: ConvProblem, budget: Budget, watch: Stopwatch) -> "_Rivals":
+    try:
+        return _Rivals(problem, budget, watch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        images = "x".join(str(side) for side in problem.input.shape)
+        raise KernelError(
+            f"cannot tune a convolution at input {images}: it does not fit into memory ({first_line(error)}); "
+            f"calibrate with smaller batches"
+        ) from None
 
 
 class _Rivals:
@@ -114,24 +129,36 @@ class _Rivals:
         self.measures = {DENSE: self._load(DENSE, DenseConv(problem))}
         self.variants = {DENSE: ""}
         self.bytes = {DENSE: sum(part.shape[0] * part.shape[1] for part in problem.packed) * self.x.element_size()}
+        self.notes: dict[str, str] = {}
 
-    def admit(self, kernel: Kernel, spec: MatmulSpec) -> str | None:
+    def admit(self, kernel: Kernel, gate: Gate) -> Refusal | None:
         """Check every variant of a kernel and load the fastest, or say why it cannot be used."""
+        outcome = gate.ask(kernel)
+        if outcome.refused is not None:
+            return Refusal(outcome.refused, outcome.lasting)
+        try:
+            return self._race(kernel, gate.spec, outcome.uncapturable is None)
+        except (RuntimeError, MemoryError, KernelError) as error:  # what PyTorch and kernels raise for what they cannot
+            lasting = not is_out_of_memory(error)
+            return Refusal(f"{'failed' if lasting else 'out of memory'}: {first_line(error)}", lasting)
+
+    def _race(self, kernel: Kernel, spec: MatmulSpec, capture: bool) -> Refusal | None:
         tokens, deadline = spec.tokens[0], self.watch.now() + self.budget.variant_seconds
         found: dict[str, Measure] = {}
-        try:
-            for variant in kernel.variants(spec, tokens):
-                if found and self.watch.now() > deadline:
-                    break
-                layer = self.problem.module(kernel.name, write_variants({tokens: variant}))
-                if wrong := self._wrong(layer(self.x)):
-                    return f"wrong result{f' by variant {variant}' if variant else ''}: {wrong}"
-                found[variant] = self._load(f"{kernel.name} {variant}".rstrip(), layer)
-        except (RuntimeError, MemoryError, KernelError) as error:  # what PyTorch and kernels raise for what they cannot
-            return f"failed: {first_line(error)}"
+        untried = ""
+        names = kernel.variants(spec, tokens) or ("",)
+        for variant in names:
+            if found and self.watch.now() > deadline:
+                untried = f"{len(names) - len(found)} variants not tried for lack of time"
+                break
+            layer = self.problem.module(kernel.name, write_variants({tokens: variant}))
+            if wrong := self._wrong(layer(self.x)):
+                return Refusal(f"wrong result{f' by variant {variant}' if variant else ''}: {wrong}")
+            found[variant] = self._load(f"{kernel.name} {variant}".rstrip(), layer, capture)
         times = {name: statistics.median(m() for _ in range(self.budget.variant_rounds)) for name, m in found.items()}
         best = min(times, key=lambda name: times[name])
         self.variants[kernel.name], self.measures[kernel.name] = best, found[best]
+        self.notes[kernel.name] = "; ".join(filter(None, (untried, found[best].note)))
         self.bytes[kernel.name] = sum(t.numel() * t.element_size() for part in layer.parts for t in part.prepared)
         return None
 
@@ -143,7 +170,7 @@ class _Rivals:
         tokens = self.problem.tokens
         times = {name: {tokens: found} for name, found in self._rounds().items()}
         variants = {name: {tokens: variant} for name, variant in self.variants.items()}
-        measured = Measured(times, variants, self.bytes, {})
+        measured = Measured(times, variants, self.bytes, self.notes)
         choice = choose(measured, routes=False)
         rows = tuple(timing(name, tokens, measured) for name in times if name != DENSE)
         written = write_variants(variants[choice.name])
@@ -164,11 +191,12 @@ class _Rivals:
                 times[name].append(self.measures[name]())
         return times
 
-    def _load(self, name: str, layer: torch.nn.Module) -> Measure:
-        return self.watch.load(f"{name} {self.problem.tokens}", [lambda: layer(self.x)])
+    def _load(self, name: str, layer: torch.nn.Module, capture: bool = True) -> Measure:
+        return self.watch.load(f"{name} {self.problem.tokens}", [lambda: layer(self.x)], capture)
 
     def _wrong(self, y: Tensor) -> str | None:
-        groups = y[self.some].permute(0, 2, 3, 1).reshape(-1, y.shape[1]).chunk(len(self.expected), dim=1)
+        positions = y[self.some].permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        groups = positions[checked_rows(len(positions))].chunk(len(self.expected), dim=1)
         found = (known.difference(rows) for known, rows in zip(self.expected, groups, strict=True))
         return next((wrong for wrong in found if wrong), None)
 
@@ -194,8 +222,9 @@ class DenseConv(torch.nn.Module):
 
 
 def _expected(problem: ConvProblem, x: Tensor) -> tuple[Expected, ...]:
-    """Compute the results for `x` in float64, (rows, out / groups) a group."""
-    rows = [torch.cat(parts) for parts in zip(*problem.geometry.rows(x), strict=True)]
+    """Compute the results for `x` in float64 at the checked ones of its positions, (rows, out / groups) a group."""
+    whole = [torch.cat(parts) for parts in zip(*problem.geometry.rows(x), strict=True)]
+    rows = [part[checked_rows(len(part))] for part in whole]
     bias = problem.bias
     biases = [None] * len(rows) if bias is None else list(bias.detach().chunk(len(rows)))
     weights = [unpack(part) for part in problem.packed]

@@ -15,9 +15,9 @@ from sparsify_compiler.runtime.benchmark.ceilings import measure_ceilings
 from sparsify_compiler.runtime.benchmark.decode import DecodeCase, bench_decode
 from sparsify_compiler.runtime.benchmark.decoder import read_config
 from sparsify_compiler.runtime.benchmark.layers import bench_layer, random_layer
-from sparsify_compiler.runtime.benchmark.machine import describe_machine
 from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.runtime.kernels import kernels, spec_for
+from sparsify_compiler.runtime.machine import describe_machine
 from sparsify_compiler.runtime.tuning.selftest import Tester
 from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 

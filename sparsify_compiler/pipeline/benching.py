@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.batches import Batch, call_arguments, named_tensors, to_device
-from sparsify_compiler.errors import DataError, ModelError
+from sparsify_compiler.errors import DataError, ModelError, first_line
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.pipeline.forwards import forward_of
-from sparsify_compiler.runtime.benchmark.graphed import graphed
-from sparsify_compiler.runtime.benchmark.machine import describe_machine
 from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare
 from sparsify_compiler.runtime.benchmark.report import BenchReport
+from sparsify_compiler.runtime.graphs import graphed
+from sparsify_compiler.runtime.machine import describe_machine
 from sparsify_compiler.sources.models import Source
 
 WARMUP = 3
@@ -90,7 +90,7 @@ class Bencher:
                 try:
                     ways.append((f"{name}, CUDA graph", graphed(call, self.device)))
                 except RuntimeError as error:
-                    notes.append(f"{name}: no CUDA graph: {(str(error).splitlines() or [''])[0]}")
+                    notes.append(f"{name}: no CUDA graph: {first_line(error)}")
         return ways, notes
 
     def _calls(self, label: str, source: Source, case: Case) -> dict[str, Callable[[], object]]:

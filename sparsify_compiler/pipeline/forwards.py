@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, call, named_tensors, to_device
-from sparsify_compiler.errors import DataError, ModelError, SparsifyError
+from sparsify_compiler.errors import DataError, ModelError, SparsifyError, first_line
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.runtime.ort import run, session
@@ -48,7 +48,7 @@ def refuses(forward: Forward) -> Callable[[Batch], str | None]:
         try:
             forward(batch)
         except (SparsifyError, RuntimeError, ValueError, IndexError) as error:
-            return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return first_line(error)
         return None
 
     return probe

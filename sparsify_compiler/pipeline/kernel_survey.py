@@ -9,8 +9,8 @@ from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.benchmark.ceilings import Ceilings, measure_ceilings
-from sparsify_compiler.runtime.benchmark.machine import describe_machine
 from sparsify_compiler.runtime.kernels import capability, kernels
+from sparsify_compiler.runtime.machine import describe_machine
 from sparsify_compiler.runtime.tuning.selftest import Tester
 
 WEIGHTS: tuple[tuple[Pattern, float], ...] = (

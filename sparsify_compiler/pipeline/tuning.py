@@ -1,6 +1,7 @@
 """Measure kernels for pruned sites: equal weights are measured once, and every site gets its own verdict in words."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.layers.conv import SparseConv2d
 from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
 from sparsify_compiler.runtime.layers.modules import SparseLinear
-from sparsify_compiler.runtime.tuning.cache import DiskCache
+from sparsify_compiler.runtime.tuning.cache import DiskCache, Key, layer_key
 from sparsify_compiler.runtime.tuning.candidates import Budget
 from sparsify_compiler.runtime.tuning.selftest import SelfTest, Tester
-from sparsify_compiler.runtime.tuning.tune import spec_key, tune
+from sparsify_compiler.runtime.tuning.tune import tune
 from sparsify_compiler.runtime.tuning.tune_conv import ConvInput, ConvProblem, tune_conv
 from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
@@ -33,9 +34,9 @@ from sparsify_compiler.runtime.tuning.verdicts import Verdict
 class Tuner:
     """Tune at `tokens` rows in `dtype` on `device`; verdicts are remembered by what decides them.
 
-    `cache` is the folder that keeps verdicts and self-tests for later runs (`runtime.cache.default_folder` is the
-    user's own), None for none. `tester` tries kernels before they run here, None trusts them; its child process ends
-    with `close` or the `with` that holds the tuner. `budget` bounds the time for one specification, `dense_copy`
+    `cache` is the folder that keeps verdicts and self-tests for later runs (`runtime.tuning.cache.default_folder` is
+    the user's own), None for none. `tester` tries kernels before they run here, None trusts them; its child process
+    ends with `close` or the `with` that holds the tuner. `budget` bounds the time for one specification, `dense_copy`
     lets a layer keep its dense weight beside the sparse one for the token counts where dense wins.
     """
 
@@ -47,7 +48,7 @@ class Tuner:
     budget: Budget = field(default_factory=Budget)
     dense_copy: bool = False
     tester: Tester | None = field(default_factory=SelfTest)
-    _known: dict[Hashable, Verdict] = field(default_factory=dict)
+    _known: dict[str, Verdict] = field(default_factory=dict)
 
     def __enter__(self) -> "Tuner":
         """Return itself."""
@@ -85,7 +86,7 @@ class Tuner:
         (packed,) = self.pack(part, pattern)
         spec = spec_for(packed, self.tokens, self.device)
         bias = self._bias(part)
-        key = spec_key(spec, bias is not None)
+        key = _text(layer_key(spec, bias is not None, None))
         if key not in self._known:
             self._known[key] = tune(
                 packed,
@@ -94,7 +95,7 @@ class Tuner:
                 bias,
                 budget=self.budget,
                 tester=self.tester,
-                cache=None if self.cache is None else DiskCache(self.cache),
+                cache=self._disk(),
                 dense_copy=self.dense_copy,
             )
         return self._known[key]
@@ -102,9 +103,9 @@ class Tuner:
     def conv(self, part: Lowerable, pattern: Pattern, fed: ConvInput) -> Verdict:
         """Return the verdict for one pruned convolution on the input it is fed, measured now or known."""
         problem = ConvProblem(self.pack(part, pattern), conv_geometry(part.site), fed, self._bias(part))
-        key = problem.key()
+        key = _text(problem.key())
         if key not in self._known:
-            self._known[key] = tune_conv(problem, kernels(), self.budget, tester=self.tester)
+            self._known[key] = tune_conv(problem, kernels(), self.budget, tester=self.tester, cache=self._disk())
         return self._known[key]
 
     def pack(self, part: Lowerable, pattern: Pattern) -> tuple[Packed, ...]:
@@ -125,8 +126,15 @@ class Tuner:
             return SparseConv2d(packed, geometry, bias, kernel, self.tokens, variants, offload=True)
         return SparseLinear(packed[0], bias, kernel, self.tokens, variants, offload=True)
 
+    def _disk(self) -> DiskCache | None:
+        return None if self.cache is None else DiskCache(self.cache)
+
     def _bias(self, part: Lowerable) -> Tensor | None:
         return None if part.bias is None else part.bias.detach().to(self.device, self.dtype)
+
+
+def _text(key: Key) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def conv_geometry(site: Site) -> ConvGeometry:
@@ -142,15 +150,16 @@ def conv_inputs(module: nn.Module, names: Collection[str], batch: Batch) -> dict
     """Run one batch through `module` and return what its convolutions are fed; those it does not reach are missing."""
     found: dict[str, ConvInput] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0] if inputs[0].dim() == 4 else inputs[0].unsqueeze(0)
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(conv: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = inputs[0] if inputs else named["input"]
+            x = given if given.dim() == 4 else given.unsqueeze(0)
             last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
             found[name] = ConvInput((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), last)
 
         return note
 
-    hooks = [module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    hooks = [module.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in names]
     try:
         with inference(module):
             call(module, batch)

@@ -10,10 +10,9 @@ from scripted import Fake, Script, decide, packed
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.export.report import Timing
 from sparsify_compiler.kernel import Prepared
-from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.tuning.timing import Comparison, CpuStopwatch, compare_pairs, spread
-from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, spec_key, tune
+from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 
 
 def test_a_sparse_kernel_that_is_faster_beyond_the_spread_wins() -> None:
@@ -136,21 +135,6 @@ def test_asking_for_nothing_is_refused() -> None:
         tune(packed(), spec_for(packed(), (1,)), (Fake("dense", offset=1),), stopwatch=Script({}))
 
 
-def test_layers_with_the_same_specification_share_a_key() -> None:
-    spec = spec_for(packed(), (1, 16))
-    assert spec_key(spec) == spec_key(dataclasses.replace(spec, density=0.502))
-    others = [
-        dataclasses.replace(spec, density=0.52),
-        dataclasses.replace(spec, out=13),
-        dataclasses.replace(spec, dtype=torch.float64),
-        dataclasses.replace(spec, pattern=NM(4, 8)),
-        dataclasses.replace(spec, tokens=(1,)),
-        dataclasses.replace(spec, run=8),
-    ]
-    by_call = {spec_key(spec), spec_key(spec, bias=True), spec_key(spec, activation="relu")}
-    assert len({*by_call, *map(spec_key, others)}) == 9
-
-
 def test_timings_have_the_fields_of_the_report() -> None:
     verdict, _ = decide({("dense", 1): [10], ("sparse", 1): [5]}, Fake("sparse"))
     row = verdict.timings[0]
@@ -179,5 +163,6 @@ def test_the_cpu_stopwatch_repeats_short_calls() -> None:
 def test_the_real_kernels_are_tuned_on_this_machine() -> None:
     spec = spec_for(packed(), (1, 3))
     verdict = tune(packed(), spec, kernels(), bias=torch.randn(12), budget=Budget(seconds=0.05))
-    assert verdict.kernel in {"dense", "torch_csr"}
+    assert all(row.time_us > 0 and row.dense_us > 0 for row in verdict.timings)
     assert {row.tokens for row in verdict.timings} == {1, 3} or "torch_csr" in verdict.refused
+    assert {row.kernel for row in verdict.timings}.isdisjoint(verdict.refused)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +14,19 @@ from scripted import Fake, Script, packed
 
 from sparsify_compiler.kernel import Activation, MatmulSpec
 from sparsify_compiler.pattern import NM
+from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.runtime.kernels import spec_for
 from sparsify_compiler.runtime.tuning import cache as cache_module
-from sparsify_compiler.runtime.tuning.cache import DiskCache, default_folder, environment, outcome_key, verdict_key
+from sparsify_compiler.runtime.tuning.cache import (
+    RUNTIME,
+    DiskCache,
+    default_folder,
+    environment,
+    layer_key,
+    outcome_key,
+    sources_hash,
+    verdict_key,
+)
 from sparsify_compiler.runtime.tuning.selftest import Outcome, case_for
 from sparsify_compiler.runtime.tuning.tune import Budget, Verdict, tune
 
@@ -72,8 +84,15 @@ def test_another_question_is_measured_anew(tmp_path: Path) -> None:
 def test_everything_that_decides_a_verdict_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_for(packed(), (1, 16))
 
-    def key(spec: MatmulSpec = spec, names: tuple[str, ...] = ("dense",), bias: bool = False, **how: object) -> str:
-        return json.dumps(verdict_key(spec, names, bias, None, how), sort_keys=True)
+    def key(
+        spec: MatmulSpec = spec,
+        names: tuple[str, ...] = ("dense",),
+        bias: bool = False,
+        activation: Activation | None = None,
+        **how: object,
+    ) -> str:
+        layer, rivals = layer_key(spec, bias, activation), [Fake(name) for name in names]
+        return json.dumps(verdict_key(layer, rivals, spec.device, how), sort_keys=True)
 
     changes = [
         {"out": 13},
@@ -86,8 +105,8 @@ def test_everything_that_decides_a_verdict_is_in_its_key(monkeypatch: pytest.Mon
     ]
     keys = {key(), key(names=("dense", "b")), key(bias=True), key(seconds=1)}
     keys |= {key(dataclasses.replace(spec, **change)) for change in changes}  # type: ignore[arg-type]
-    keys.add(json.dumps(verdict_key(spec, ("dense",), False, "relu", {}), sort_keys=True))
-    monkeypatch.setattr(cache_module, "_processor", lambda: "another processor")
+    keys.add(key(activation="relu"))
+    monkeypatch.setattr(cache_module, "processor", lambda: "another processor")
     keys.add(key())
     monkeypatch.setattr(cache_module, "sources_hash", lambda: "another kernel")
     keys.add(key())
@@ -97,6 +116,16 @@ def test_everything_that_decides_a_verdict_is_in_its_key(monkeypatch: pytest.Mon
     keys.add(key())
     assert len(keys) == 5 + len(changes) + 4
     assert key(dataclasses.replace(spec, density=0.502)) == key()
+
+
+@pytest.mark.parametrize("name", ["nm/nm24.py", "cuda/ptx.cuh", "cuda/nm24.cu", "epilogue.py", "tuning/verdicts.py"])
+def test_a_change_of_any_source_of_runtime_is_another_release(tmp_path: Path, name: str) -> None:
+    changed = tmp_path / "runtime"
+    shutil.copytree(RUNTIME, changed, ignore=shutil.ignore_patterns("__pycache__"))
+    assert sources_hash(changed) == sources_hash(RUNTIME)
+    sources_hash.cache_clear()
+    (changed / name).write_bytes((changed / name).read_bytes() + b"\n")
+    assert sources_hash(changed) != sources_hash(RUNTIME)
 
 
 def test_the_environment_names_versions_sources_and_the_machine() -> None:
@@ -205,6 +234,13 @@ def test_the_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for elsewhere in ("", "not/absolute"):
         monkeypatch.setenv("XDG_CACHE_HOME", elsewhere)
         assert default_folder() == Path.home() / ".cache" / "sparsify_compiler"
+
+
+def test_a_user_without_a_home_has_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what Python does where nobody knows the home
+    assert default_folder() is None
+    assert Options().cache is None
 
 
 def test_an_entry_that_can_be_neither_read_nor_written_is_said(tmp_path: Path) -> None:

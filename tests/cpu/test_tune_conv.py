@@ -1,8 +1,10 @@
 """The measured choice between a sparse convolution and conv2d, with a stopwatch that follows a script."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernel_named, kernels
 from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
+from sparsify_compiler.runtime.tuning.cache import DiskCache
 from sparsify_compiler.runtime.tuning.selftest import Outcome
 from sparsify_compiler.runtime.tuning.timing import Measure
 from sparsify_compiler.runtime.tuning.tune import Budget
@@ -54,8 +57,10 @@ class Script:
 
     times: Mapping[str, Sequence[float]]
     order: list[str] = field(default_factory=list)
+    captured: dict[str, bool] = field(default_factory=dict)
 
     def load(self, label: str, calls: Sequence[Callable[[], object]], capture: bool = True) -> Measure:
+        self.captured[label] = capture
         following = itertools.cycle(self.times[label])
 
         def once() -> float:
@@ -77,6 +82,16 @@ class Refusing:
     def test(self, kernel: str, spec: MatmulSpec, bias: bool, activation: Activation | None) -> Outcome:
         assert spec.run == 8
         return Outcome("its self-test crashed" if kernel == self.name else None)
+
+
+@dataclass
+class Uncapturable:
+    """A self-test that finds one kernel which no CUDA graph can hold."""
+
+    name: str
+
+    def test(self, kernel: str, spec: MatmulSpec, bias: bool, activation: Activation | None) -> Outcome:
+        return Outcome(uncapturable="it asks the host" if kernel == self.name else None)
 
 
 def problem(bias: bool = True, groups: int = 1, channels_last: bool = False) -> ConvProblem:
@@ -152,7 +167,37 @@ def test_what_is_measured_as_dense_is_conv2d() -> None:
 
 def test_equal_convolutions_share_a_key_and_others_do_not() -> None:
     others = [problem(False), replace(problem(), input=ConvInput((1, 8, 5, 6))), replace(problem(), activation="relu")]
-    assert problem().key() == problem().key()
-    assert len({problem().key(), *(other.key() for other in others)}) == 4
+    keys = [json.dumps(other.key()) for other in (problem(), problem(), *others)]
+    assert len(set(keys)) == 4
     with pytest.raises(KernelError, match="too small"):
         replace(problem(), input=ConvInput((1, 8, 0, 0))).key()
+
+
+def test_a_convolution_is_measured_once_and_then_read(known: Callable[..., tuple[Kernel, ...]], tmp_path: Path) -> None:
+    fakes, cache = known(Fake("sparse")), DiskCache(tmp_path)
+    script = Script({"dense 60": [10], "sparse 60": [5]})
+    first = tune_conv(problem(), fakes, stopwatch=script, cache=cache)
+    asked = len(script.order)
+    again = tune_conv(problem(), fakes, stopwatch=script, cache=cache)
+    assert len(script.order) == asked
+    assert replace(again, reason=first.reason) == first
+    assert "from the cache" in again.reason
+    tune_conv(replace(problem(), input=ConvInput((1, 8, 10, 6))), fakes, stopwatch=script, cache=cache)
+    assert len(script.order) > asked
+
+
+def test_a_lack_of_memory_is_not_kept(known: Callable[..., tuple[Kernel, ...]], tmp_path: Path) -> None:
+    fakes = known(Fake("full", error="can't allocate memory: 9 GiB"))
+    verdict = tune_conv(problem(), fakes, stopwatch=Script({"dense 60": [10]}), cache=DiskCache(tmp_path))
+    assert verdict.refused["full"].startswith("out of memory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_graph_can_hold_is_not_captured(known: Callable[..., tuple[Kernel, ...]], tmp_path: Path) -> None:
+    fakes, cache = known(Fake("asks_the_host"), Fake("other")), DiskCache(tmp_path)
+    for _ in range(2):  # measured now, and with the self-test's answer from the cache
+        script = Script({"dense 60": [10], "asks_the_host 60": [5], "other 60": [7]})
+        tune_conv(problem(), fakes, stopwatch=script, tester=Uncapturable("asks_the_host"), cache=cache)
+        assert script.captured == {"dense 60": True, "asks_the_host 60": False, "other 60": True}
+        for file in tmp_path.glob("verdict-*"):
+            file.unlink()

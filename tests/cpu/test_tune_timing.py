@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparsify_compiler.runtime.graphs import graphed
 from sparsify_compiler.runtime.tuning import timing as timing_module
 from sparsify_compiler.runtime.tuning.timing import CpuStopwatch, CudaStopwatch, stopwatch_for
 
@@ -16,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 
 @dataclass
 class FakeCuda:
-    """torch.cuda as far as the stopwatch uses it: a clock that calls move on, and graphs that record calls."""
+    """torch.cuda as far as the stopwatch and `graphed` use it: a clock that calls move on, and graphs that record calls."""
 
     clock_us: float = 0.0
     stream: str = "current"
@@ -97,6 +98,7 @@ class FakeCuda:
         replaced = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph, "device": within}
         replaced |= {"stream": within, "set_stream": set_stream, "synchronize": lambda: outer.log.append("sync")}
         replaced |= {"current_stream": lambda: outer.stream, "current_device": lambda: 0}
+        replaced["graph_pool_handle"] = lambda: (0, 7)
         for name, value in replaced.items():
             patch.setattr(cuda, name, value)
         patch.setattr(timing_module, "_side_stream", Stream)
@@ -138,7 +140,7 @@ def test_graphs_share_one_pool_and_one_stream(cuda: FakeCuda) -> None:
     watch = CudaStopwatch(CUDA)
     for _ in range(3):
         watch.load("kernel 1", [cuda.call(50)])
-    assert [line for line in cuda.log if line.startswith("capture")] == ["capture None"] + ["capture (0, 7)"] * 3
+    assert [line for line in cuda.log if line.startswith("capture")] == ["capture (0, 7)"] * 4  # one is empty
     assert [line for line in cuda.log if line.startswith("stream")] == ["stream 0"]
 
 
@@ -164,6 +166,17 @@ def test_memory_that_runs_out_in_a_capture_is_raised_with_the_stream_restored(cu
     with pytest.raises(torch.OutOfMemoryError):
         CudaStopwatch(CUDA).load("kernel 1", [cuda.call(40, torch.OutOfMemoryError("9 GiB"))])
     assert cuda.stream == "current"
+
+
+def test_a_whole_model_that_cannot_be_captured_leaves_pytorch_as_it_was(cuda: FakeCuda) -> None:
+    replay = graphed(cuda.call(40), CUDA)
+    replay()
+    assert cuda.log[-1] == "replay 1"
+    assert not any(line.startswith("end") for line in cuda.log)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(cuda.call(40, RuntimeError("operation not permitted when stream is capturing")), CUDA)
+    assert cuda.stream == "current"
+    assert cuda.log.count("end 0 (0, 7)") == 1
 
 
 def test_a_cpu_measurement_goes_on_where_the_last_one_stopped() -> None:
