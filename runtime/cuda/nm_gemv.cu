@@ -60,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, LEAST_BLOCKS)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
-    nm_gemv(const uint4* weights, const u16* x, const u16* bias, u16* y, int tokens, int out, int columns, int chunks) {
+    nm_gemv(const uint4* __restrict__ weights, const u16* __restrict__ x, const u16* __restrict__ bias,
+            u16* __restrict__ y, int tokens, int out, int columns, int chunks) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tile = blockIdx.x / SPLIT, block = blockIdx.x % SPLIT, token = blockIdx.y * TOKENS;
   const int share = (chunks + SPLIT - 1) / SPLIT, last = min(chunks, (block + 1) * share);

@@ -122,8 +122,10 @@ __device__ __forceinline__ void multiply_sparse(float (&d)[4], const uint4& a, c
 
 // ---- clusters of blocks (compute capability 9.0) --------------------------------------------------------------------
 
-// Wait for every thread of every block of the cluster; what they wrote to shared memory before is visible after.
+// Wait for every thread of every block of the cluster; what they wrote to shared memory before is visible after. The
+// lanes of a warp must arrive as one (.aligned), also after a loop that some of them have left earlier.
 __device__ __forceinline__ void wait_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 // The float at `shared` (an address of this block) in block `rank` of the cluster.

@@ -1,31 +1,34 @@
-"""Every program of every CUDA kernel compiles with nvcc, and keeps its registers out of memory."""
+"""Every program of every CUDA kernel compiles as CuPy compiles it, and keeps its registers out of memory."""
 
 import functools
+import importlib
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from emulated import CUDA, cluster_size
 from recorded import all_programs
 
-from sparsify_compiler.runtime.launch import Program, source_text
+from sparsify_compiler.runtime.launch import CupyLauncher, Program, compiler_options, source_text
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of the CUDA toolkit 12 or later"),
-]
+MISSING = CupyLauncher().unavailable()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+ALLOWED_SPILL = 8
+"""Bytes: ptxas gives up a register or two around the main loop where that lets one more block run beside."""
 
 
-def spilled_bytes(program: Program, architecture: str, folder: Path) -> int:
-    defines = [f"-D{name}={value}" for name, value in program.defines]
-    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", *defines]
-    target = ["-o", str(folder / "out.cubin"), str(CUDA / program.source)]
-    done = subprocess.run([*command, *target], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{program}\n{done.stderr}"
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", done.stderr))
+def build_log(program: Program, capability: tuple[int, int]) -> str:
+    """Compile with the options that CuPy 14 adds to ours (cupy/cuda/compiler.py); ptxas tells what it used."""
+    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    added = ("-ftz=true", f"-arch=sm_{capability[0]}{capability[1]}", "--device-as-default-execution-space")
+    unit = nvrtc.createProgram(source_text(program.source), program.source, [], [])
+    try:
+        nvrtc.compileProgram(unit, (*compiler_options(program, capability), *added, "--ptxas-options=-v"))
+    except nvrtc.NVRTCError:
+        pytest.fail(f"{program} for {capability}: {nvrtc.getProgramLog(unit)}")
+    log: str = nvrtc.getProgramLog(unit)
+    nvrtc.destroyProgram(unit)
+    return log
 
 
 @functools.lru_cache(maxsize=2)
@@ -35,13 +38,17 @@ def programs(dtype: torch.dtype) -> tuple[Program, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("source", sorted(path.name for path in CUDA.glob("*.cu")))
-def test_all_programs_compile_without_spilling(source: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_all_programs_compile_without_spilling_or_losing_speed(source: str, dtype: torch.dtype) -> None:
     found = []
     own = [program for program in programs(dtype) if program.source == source]
     assert own
     for program in own:
         plain = cluster_size(program, source_text(program.source)) == (1, 1, 1) and not program.features
-        for architecture in ("sm_90a", "sm_80") if plain else ("sm_90a",):
-            if spilled := spilled_bytes(program, architecture, tmp_path):
-                found.append(f"{spilled} bytes on {architecture}: {program}")
+        for capability in ((9, 0), (8, 0)) if plain else ((9, 0),):
+            log = build_log(program, capability)
+            spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
+            # ptxas numbers its remarks: C7508 and C7510 say that setmaxnreg or overlapping products were given up.
+            remarks = re.findall(r"\(C\d+\).*", log)
+            if spilled > ALLOWED_SPILL or remarks:
+                found.append(f"{spilled} bytes, {remarks} on {capability}: {program}")
     assert not found, "\n".join(found)
