@@ -21,6 +21,8 @@ pytestmark = [
 ]
 KERNELS: tuple[Kernel, ...] = (BlockDecode(), BlockTriton())
 TILES = (Block(16, 16), Block(32, 32), Block(64, 64), Block(128, 128), Block(48, 80))
+# Triton takes a second or two a program, and another one for each activation: fewer tiles and variants of it.
+TILES_OF_VARIANTS = {"block_decode": TILES, "block_triton": (Block(16, 16), Block(128, 128))}
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
@@ -49,15 +51,23 @@ def check(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pattern", TILES, ids=str)
 def test_shapes_and_tokens_give_the_float64_result(kernel: Kernel, pattern: Block, dtype: torch.dtype) -> None:
-    for out, in_ in ((1, 1), (33, 70), (1024, 1000)):
+    fewer = kernel.name == "block_triton"
+    if fewer and dtype == torch.bfloat16 and pattern not in TILES_OF_VARIANTS[kernel.name]:
+        pytest.skip("the dtype changes nothing that tiles do; two kinds of tile are enough")
+    for out, in_ in ((33, 70), (1024, 1000)) if fewer else ((1, 1), (33, 70), (1024, 1000)):
         packed = pack(pattern, out, in_, dtype, 0.5)
-        for tokens in (0, 1, 8, 9, 17, 33, 130, 1000):
-            check(kernel, packed, tokens, act=("silu", "gelu", "relu", None)[tokens % 4], bias=tokens % 2 == 0)
+        for tokens in (0, 1, 17, 130, 1000) if fewer else (0, 1, 8, 9, 17, 33, 130, 1000):
+            act: tuple[Activation | None, ...] = ("silu", "gelu", "relu", None)
+            if fewer:
+                act = ("silu", None, None, None)
+            check(kernel, packed, tokens, act=act[tokens % 4], bias=fewer or tokens % 2 == 0)
 
 
 @each_kernel
 @pytest.mark.parametrize("pattern", TILES, ids=str)
 def test_every_variant_gives_the_float64_result(kernel: Kernel, pattern: Block) -> None:
+    if pattern not in TILES_OF_VARIANTS[kernel.name]:
+        pytest.skip("two kinds of tile have all of this kernel's variants")
     packed = pack(pattern, 1000, 2048)
     spec = spec_for(packed, (1,))
     names = {name for tokens in (1, 16, 64, 200, 1024, 8192) for name in kernel.variants(spec, tokens)}

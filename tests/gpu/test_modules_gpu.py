@@ -125,6 +125,7 @@ def test_a_layer_moved_to_the_cpu_and_back_says_so_once_and_runs_there() -> None
         assert right(layer, x, weight, layer(x))
 
 
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of its own affairs
 def test_autocast_and_compiling_give_the_layers_own_result() -> None:
     torch._dynamo.reset()
     for kernel, layer, weight in layers():

@@ -30,13 +30,15 @@ def test_every_variant_of_a_real_layer_is_right_and_repeats_in_a_graph(pattern: 
         packed = NMFormat().pack(weight, pattern.select(weight.abs().double(), 0.5), pattern)
         bias = torch.randn(out, generator=generator, device=device).to(dtype)
         dense = unpack(packed)
-        for tokens in (1, 8, 17, 64, 130):
+        # One pattern of each order of values in all variants, the others in every third: programs take 0.1 s each.
+        whole = dtype == torch.float16 and (pattern.keep, pattern.of) in ((4, 8), (2, 8), (16, 32))
+        for tokens in (1, 17, 64, 130):
             spec = spec_for(packed, (tokens,))
             if reason := kernel.rejects(spec):
                 pytest.skip(reason)
             x = torch.randn(tokens, in_, generator=generator, device=device).to(dtype)
             prepared = kernel.prepare(packed, spec)
-            for variant in kernel.variants(spec, tokens):
+            for variant in kernel.variants(spec, tokens)[:: 1 if whole and tokens < 130 else 3]:
                 chosen = type(prepared)(
                     prepared.kernel, prepared.shape, prepared.tensors, write_variants({tokens: variant})
                 )
