@@ -1,4 +1,4 @@
-"""What our GEMV kernels need of a GPU, and what a single launch of them may hold."""
+"""What our kernels need of a GPU, and what a single launch of them may hold."""
 
 from collections.abc import Iterator
 
@@ -13,6 +13,16 @@ MOST_PASSES = 65535
 
 LEAST = (8, 0)
 CLUSTERS_FROM = (9, 0)
+
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+
+
+def most_shared(capability: tuple[int, int] | None) -> int:
+    """Return the bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications).
+
+    99 KiB on generations from 8.0 on that are not listed; None, a CPU that emulates a GPU, counts as 9.0.
+    """
+    return 1024 * _SHARED_KIB.get(CLUSTERS_FROM if capability is None else capability, 99)
 
 
 def missing_for(spec: MatmulSpec, launcher: Launcher) -> str | None:

@@ -15,6 +15,7 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import Block
 from sparsify_compiler.runtime.block.bands import cut_bands, grain_mask, largest_power, merge_bands
+from sparsify_compiler.runtime.launch_limits import most_shared
 from sparsify_compiler.runtime.rows import ACTIVATION_CODES, HALF_DTYPES, aligned_rows, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -82,7 +83,7 @@ class BlockTriton:
         rows = largest_power(spec.pattern.rows, MOST_ROWS)
         maps = spec.pattern.cols % SLAB == 0 and _has_maps(spec.capability)
         bands, steps = -(-spec.out // rows), spec.density * spec.in_ / SLAB
-        shared = _shared_memory(spec.capability)
+        shared = most_shared(spec.capability)
         default = _default(tokens, bands, steps, rows, maps, shared)
         others = (variant for variant in _worth_timing(tokens, maps) if variant.shared_bytes(MOST_ROWS) <= shared)
         return tuple(dict.fromkeys(str(variant) for variant in (default, *others)))
@@ -138,7 +139,7 @@ class BlockTriton:
         name = variant_for(prepared.variants, x.shape[0])
         if not name:
             bands, steps = table.shape[0], (columns.shape[0] - 1) / max(table.shape[0], 1)
-            return _default(x.shape[0], bands, steps, values.shape[1], maps, _shared_memory(capability))
+            return _default(x.shape[0], bands, steps, values.shape[1], maps, most_shared(capability))
         match = _NAME.fullmatch(name)
         if match is None or (match[4] != "ptr" and not maps):
             raise KernelError(f"{self.name}: variant {name!r} does not fit these tiles on this device; compile again")
@@ -202,13 +203,6 @@ def _has_maps(capability: tuple[int, int] | None) -> bool:
     if capability is None or capability < (9, 0) or importlib.util.find_spec("triton") is None:
         return False
     return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-
-
-def _shared_memory(capability: tuple[int, int] | None) -> int:
-    """Bytes one block may have (CUDA C++ Programming Guide, technical specifications by compute capability)."""
-    if capability is None or capability[0] in (9, 10):
-        return 227 * 1024
-    return 163 * 1024 if capability in ((8, 0), (8, 7)) else 99 * 1024
 
 
 def _default(tokens: int, bands: int, steps: float, rows: int, maps: bool, shared: int) -> _Variant:

@@ -15,6 +15,7 @@ from itertools import product
 from typing import Literal
 
 from sparsify_compiler.errors import KernelError
+from sparsify_compiler.runtime.launch_limits import most_shared
 from sparsify_compiler.runtime.nm.fragments import RECORD_BYTES
 from sparsify_compiler.runtime.rows import round_up
 
@@ -83,7 +84,7 @@ class Variant:
     def blocks(self) -> int:
         """How many blocks fit one processor, at most 4: what the compiler is asked to keep room for."""
         by_registers = REGISTERS // (round_up(self.registers, 8) * self.threads)
-        return max(1, min(4, by_registers, _shared_limit(HOPPER) // (self.shared_bytes + 1024)))
+        return max(1, min(4, by_registers, most_shared(HOPPER) // (self.shared_bytes + 1024)))
 
 
 def variants_for(out: int, in_: int, tokens: int, capability: tuple[int, int]) -> tuple[Variant, ...]:
@@ -132,7 +133,7 @@ def variant_named(name: str) -> Variant:
 def _candidates(tokens: int, capability: tuple[int, int]) -> Iterator[Variant]:
     clusters = (1, 2, 4, 8) if capability >= HOPPER else (1,)
     tile = next((size for size in TOKEN_TILES if tokens <= size), MOST_TOKENS)
-    limit = _shared_limit(capability)
+    limit = most_shared(capability)
     found: list[Variant] = []
     if tile <= DIRECT_TOKENS:
         shapes = product((1, 2, 4), (4, 8, 16), (2, 3, 4), clusters)
@@ -144,12 +145,6 @@ def _candidates(tokens: int, capability: tuple[int, int]) -> Iterator[Variant]:
         fits = variant.registers <= min(255, REGISTERS // variant.threads) and variant.shared_bytes <= limit
         if fits:
             yield variant
-
-
-def _shared_limit(capability: tuple[int, int]) -> int:
-    """Return the most shared memory of one block, bytes (CUDA C++ Programming Guide, technical specifications)."""
-    sizes = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
-    return sizes.get(capability, 99) * 1024
 
 
 def _cycles(v: Variant, out: int, in_: int, tokens: int, capability: tuple[int, int]) -> float:

@@ -15,7 +15,7 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.formats import kept_entries
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
-from sparsify_compiler.runtime.launch_limits import CLUSTERS_FROM, can_cluster, missing_for
+from sparsify_compiler.runtime.launch_limits import CLUSTERS_FROM, can_cluster, missing_for, most_shared
 from sparsify_compiler.runtime.nm.nm_runs import CHUNK, RUN, TILE_ROWS, RunOrder, order_of, to_runs
 from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
@@ -25,8 +25,6 @@ MOST_WARPS = 16
 """Warps of a block: 128 registers a thread."""
 _FULL_GPU = 132
 """Multiprocessors of the GPU that the first choice is made for (H200); the tuner measures others."""
-_SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
-"""KiB of shared memory a block may have, by compute capability; 99 elsewhere from 8.0 on."""
 _VARIANT = re.compile(r"tiles([124])\.warps(\d+)\.chunks([1248])\.split([1248])\.stages([2-8])")
 
 
@@ -69,7 +67,7 @@ class NmMma:
         order = _expected_order(spec)
         tiles, chunks, eights = -(-spec.out // TILE_ROWS), -(-spec.in_ // CHUNK), _eights(tokens)
         clusters = spec.capability is not None and spec.capability >= CLUSTERS_FROM
-        room = 1024 * _SHARED.get(spec.capability or (0, 0), 99)
+        room = most_shared(spec.capability or (0, 0))
         best = _choose(order, tiles, chunks, eights, clusters, room)
         cuts = [
             _fit(_Cut(held, warps, shared, split, 6), order, eights, room)
@@ -183,7 +181,7 @@ def _cut(
     A variant measured for fewer tokens may leave no room for as many as could be taken; then it takes fewer.
     """
     clusters, name = can_cluster(device), variant_for(variants, tokens)
-    room = 1024 * (_SHARED.get(torch.cuda.get_device_capability(device), 99) if device.type == "cuda" else 227)
+    room = most_shared(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
     eights = _eights(tokens)
     if not name:
         return _choose(order, tiles, chunks, eights, clusters, room), eights
