@@ -72,7 +72,9 @@ def run(unit: Unit, out: Path, limit: float, deadline: float) -> Ending:
         return Ending(unit, "not started: out of time", 0.0, False)
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONFAULTHANDLER": "1"}
+    # -W: the warnings of other people's packages are summed up here, where elsewhere they are errors.
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
+    command += ["-W", "default"]
     log = out / f"{unit.name}.log"
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
