@@ -15,6 +15,7 @@ from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import Block
 from sparsify_compiler.runtime.bits import unpack_bits
+from sparsify_compiler.runtime.cpu import cpu_compiled
 from sparsify_compiler.runtime.epilogue import finish
 from sparsify_compiler.runtime.rows import round_up
 
@@ -30,10 +31,10 @@ class BlockGather:
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Say which pattern, device, dtype or size stands in the way, or None."""
+        if reason := cpu_compiled.elsewhere(spec):
+            return reason
         if not isinstance(spec.pattern, Block):
             return f"runs block patterns; found {spec.pattern}"
-        if spec.device.type != "cpu":
-            return f"runs on a cpu; found {spec.device.type}"
         if spec.dtype not in (torch.float32, torch.float64):
             return f"runs float32 and float64, whose products a CPU multiplies as they are; found {spec.dtype}"
         if (tile_rows := -(-spec.out // spec.pattern.rows)) > MOST_TILE_ROWS:

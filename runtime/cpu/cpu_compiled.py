@@ -31,11 +31,16 @@ FASTMATH = frozenset({"contract"})
 
 def rejects(spec: MatmulSpec) -> str | None:
     """Say why no compiled function can run `spec`, or None."""
-    if spec.device.type != "cpu":
-        return f"runs on a cpu; found {spec.device.type}"
+    if reason := elsewhere(spec):
+        return reason
     if spec.dtype != torch.float32:
-        return f"computes in float32 alone, and {spec.dtype} would be converted at every call; found {spec.dtype}"
+        return f"computes in float32 alone, any other type would be converted at every call; found {spec.dtype}"
     return unavailable()
+
+
+def elsewhere(spec: MatmulSpec) -> str | None:
+    """Say that a device is no CPU, or None. Kernels ask this first, so that a GPU hears one reason from all of them."""
+    return None if spec.device.type == "cpu" else f"runs on cpu; found {spec.device.type}"
 
 
 @functools.lru_cache(maxsize=1)

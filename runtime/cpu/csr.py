@@ -29,7 +29,7 @@ class TorchCsr:
             if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
                 return "this PyTorch was built without MKL, so it has no CSR product on a CPU"
             if spec.dtype not in (torch.float32, torch.float64):
-                return f"PyTorch has no {spec.dtype} CSR product on a CPU; float32 and float64 work"
+                return f"PyTorch multiplies CSR in float32 and float64 on a CPU; found {spec.dtype}"
             return None
         if spec.device.type != "cuda":
             return f"runs on cpu and cuda; found {spec.device.type}"

@@ -32,6 +32,8 @@ class NumbaBlock:
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Say which pattern, device, dtype or missing library stands in the way, or None."""
+        if reason := cpu_compiled.elsewhere(spec):
+            return reason
         if not isinstance(spec.pattern, Block):
             return f"runs block patterns; found {spec.pattern}"
         if spec.pattern.rows % 4 or spec.pattern.cols % 4:

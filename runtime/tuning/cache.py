@@ -24,7 +24,7 @@ from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
 from sparsify_compiler.runtime.machine import driver, processor
 from sparsify_compiler.runtime.tuning.cold import last_level_cache
 from sparsify_compiler.runtime.tuning.selftest import Case, Outcome
-from sparsify_compiler.runtime.tuning.verdicts import KernelTiming, Verdict
+from sparsify_compiler.runtime.tuning.verdicts import Timing, Verdict
 
 RUNTIME = Path(__file__).parents[1]
 
@@ -189,7 +189,7 @@ def _libraries() -> tuple[tuple[str, str], ...]:
 
 
 def _verdict(table: dict[str, Any]) -> Verdict:
-    timings = tuple(KernelTiming(**timing) for timing in table.pop("timings"))
+    timings = tuple(Timing(**timing) for timing in table.pop("timings"))
     verdict = Verdict(**table, timings=timings)
     figures = [value for t in timings for value in (t.tokens, t.time_us, t.dense_us, t.spread, t.speedup)]
     words = [verdict.kernel, verdict.reason, verdict.variants, *verdict.refused.values()]

@@ -38,9 +38,9 @@ from sparsify_compiler.runtime.tuning.timing import Stopwatch, stopwatch_for
 from sparsify_compiler.runtime.tuning.verdicts import (
     DENSE,
     Choice,
-    KernelTiming,
     Measured,
     Times,
+    Timing,
     Verdict,
     choose,
     runs,
@@ -49,7 +49,7 @@ from sparsify_compiler.runtime.tuning.verdicts import (
 )
 from sparsify_compiler.runtime.variants import write_variants
 
-__all__ = ["DENSE", "Budget", "KernelTiming", "Verdict", "tune"]
+__all__ = ["DENSE", "Budget", "Timing", "Verdict", "tune"]
 
 
 def tune(
@@ -116,8 +116,7 @@ def _tune(job: Job, dense: Kernel, others: Sequence[Kernel], gate: Gate, dense_c
     lasting = all(refusal.lasting for refusal in refusals.values())
     refused = {name: refusal.reason for name, refusal in refusals.items()}
     if len(ready) == 1:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "none was given"
-        return Verdict(DENSE, f"dense: no sparse kernel can run this weight ({reasons})", (), refused), lasting
+        return Verdict(DENSE, "dense: no sparse kernel can run this weight", (), refused), lasting
     measured = Measured(
         _measure(ready, job),
         {name: found.variants for name, found in ready.items()},

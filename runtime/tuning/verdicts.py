@@ -7,7 +7,7 @@ weighed against it in the same way.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsify_compiler.runtime.routed import MOST_PARTS, routed_name
@@ -27,12 +27,11 @@ Parts = tuple[tuple[int | None, str], ...]
 
 
 @dataclass(frozen=True)
-class KernelTiming:
+class Timing:
     """One candidate at one token count: medians in microseconds over the rounds.
 
     `speedup` is the median over the rounds of dense time / this kernel's time, `spread` that ratio's interquartile
-    range over its median. `variant` is the one measured, "" the kernel's own choice. The fields are those of
-    `sparsify_compiler.export.report.Timing`.
+    range over its median, `verdict` who won, in words. `variant` is the one measured, "" the kernel's own choice.
     """
 
     kernel: str
@@ -55,7 +54,7 @@ class Verdict:
 
     kernel: str
     reason: str
-    timings: tuple[KernelTiming, ...] = ()
+    timings: tuple[Timing, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     rounds: int = 0
     variants: str = ""
@@ -117,15 +116,20 @@ def runs(parts: Parts, tokens: int) -> str:
 
 def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) -> Choice:
     """Choose by the rules above. `dense_copy` lets dense be a part of a route, `routes` any route at all."""
+    choice = _choose(measured, dense_copy, routes)
+    return Choice(choice.parts, choice.reason + _notes(measured))
+
+
+def _choose(measured: Measured, dense_copy: bool, routes: bool) -> Choice:
     sparse = [name for name in measured.times if name != DENSE]
     gains = {name: measured.compare(single(DENSE), single(name)) for name in sparse}
     leader = max(sparse, key=lambda name: gains[name].speedup)
     winners = [name for name in sparse if gains[name].words() == "faster" and _bearable(single(name), measured)]
     if winners:
         best = max(winners, key=lambda name: gains[name].speedup)
-        choice = Choice(single(best), describe(best, measured))
+        choice = Choice(single(best), _won(best, measured))
     else:
-        choice = Choice(single(DENSE), f"dense: {'; '.join(describe(name, measured) for name in sparse)}")
+        choice = Choice(single(DENSE), _kept(sorted(sparse, key=lambda name: -gains[name].speedup), measured))
     if not routes:
         return choice
     route = _route(best if winners else leader, sparse, measured)
@@ -136,35 +140,84 @@ def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) ->
         words = _words(with_dense, choice.parts, measured)
         if dense_copy:
             return Choice(with_dense, words)
-        return Choice(
-            choice.parts, f"{choice.reason}; not taken for the memory of a dense copy (dense_copy allows it): {words}"
-        )
+        return Choice(choice.parts, f"{choice.reason}; not taken unless a dense copy is allowed (dense_copy): {words}")
     return choice
 
 
-def describe(name: str, measured: Measured) -> str:
-    """Say how a candidate did against dense over all token counts."""
-    total = measured.compare(single(DENSE), single(name))
-    rounds = len(measured.totals(single(name)))
-    early = " (given up early)" if rounds < len(measured.totals(single(DENSE))) else ""
-    words = (
-        f"{name}: {total.words()}, {total.speedup:.2f}x over {_list(measured.tokens)} tokens on average, "
-        f"spread {total.spread:.0%}, {rounds} rounds{early}"
-    )
+def _won(name: str, measured: Measured) -> str:
+    """Say what the winner gains, and where it loses a little."""
+    gain = measured.compare(single(DENSE), single(name))
+    words = f"{name}: {_figure(gain)} over {_list(measured.tokens)} tokens"
+    if lost := _lost(name, measured):
+        words += f", slower at {lost}"
+    return words
+
+
+def _kept(names: Sequence[str], measured: Measured) -> str:
+    """Say why dense stays: one figure a rival, the best first, and what stands against it where it is no loss."""
+    rivals = []
+    for name in names:
+        gain, rounds = measured.compare(single(DENSE), single(name)), len(measured.totals(single(name)))
+        why = []
+        if gain.words() == "faster":
+            why.append(f"slower at {_lost(name, measured)}, {LEAST_SPEEDUP}x is the least that is taken")
+        elif gain.words() != "slower":
+            why.append("within the spread")
+        if rounds < len(measured.totals(single(DENSE))):
+            why.append(f"given up after {rounds} rounds")
+        rivals.append(f"{name} {_figure(gain)}" + (f" ({', '.join(why)})" if why else ""))
+    return f"dense: kept over {_list(measured.tokens)} tokens against {', '.join(rivals)}"
+
+
+def _figure(gain: Comparison) -> str:
+    return f"{gain.speedup:.2f}x ±{gain.spread:.2f}"
+
+
+def _lost(name: str, measured: Measured) -> str:
+    """Name the token counts at which a kernel is slower beyond the spread, or slower than is taken."""
     rows = [timing(name, n, measured) for n in measured.tokens]
-    if lost := [row for row in rows if row.verdict.startswith("slower")]:
-        words += f"; slower at {', '.join(f'{row.tokens} ({row.speedup:.2f}x)' for row in lost)}"
-        if total.words() == "faster" and not _bearable(single(name), measured):
-            words += f", where {LEAST_SPEEDUP}x is the least that is taken"
-    return words + (f"; {measured.notes[name]}" if measured.notes.get(name) else "")
+    lost = [row for row in rows if row.verdict.startswith("slower") or row.speedup < LEAST_SPEEDUP]
+    return ", ".join(f"{row.tokens} ({row.speedup:.2f}x)" for row in lost)
 
 
-def timing(name: str, tokens: int, measured: Measured, shown: str = "") -> KernelTiming:
+def _notes(measured: Measured) -> str:
+    """Say each note of the measurements once, with the kernels that it is about."""
+    about: dict[str, list[str]] = {}
+    for name, note in measured.notes.items():
+        if note:
+            about.setdefault(note, []).append(name)
+    return "".join(f"; {', '.join(each)}: {note}" for note, each in about.items())
+
+
+def by_reason(refused: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Gather (kernel, reason) pairs by reason, for a reader; what was found is left out where it is not one thing.
+
+    >>> by_reason([("a", "runs on cuda; found cpu"), ("b", "runs 2:4; found 4:8"), ("c", "runs on cuda; found cpu")])
+    {'runs on cuda; found cpu': ['a', 'c'], 'runs 2:4; found 4:8': ['b']}
+    >>> by_reason([("a", "runs 2:4; found 4:8"), ("b", "runs 2:4; found 16x16")])
+    {'runs 2:4': ['a', 'b']}
+    """
+    names: dict[str, list[str]] = {}
+    whole: dict[str, set[str]] = {}
+    for kernel, reason in refused:
+        stem = without_found(reason)
+        whole.setdefault(stem, set()).add(reason)
+        if kernel not in names.setdefault(stem, []):
+            names[stem].append(kernel)
+    return {whole[stem].pop() if len(whole[stem]) == 1 else stem: each for stem, each in names.items()}
+
+
+def without_found(reason: str) -> str:
+    """Cut what was found from a refusal, as kernels write it: "runs on cuda; found cpu" is "runs on cuda"."""
+    return reason.partition("; found ")[0]
+
+
+def timing(name: str, tokens: int, measured: Measured, shown: str = "") -> Timing:
     """Sum up one candidate at one token count, under the name `shown` where given."""
     sparse = measured.times[name][tokens]
     dense = measured.times[DENSE][tokens][: len(sparse)]
     pair = compare_pairs(dense, sparse)
-    return KernelTiming(
+    return Timing(
         kernel=shown or name,
         tokens=tokens,
         time_us=statistics.median(sparse),
@@ -215,14 +268,11 @@ def _bearable(parts: Parts, measured: Measured) -> bool:
 def _words(route: Parts, instead: Parts, measured: Measured) -> str:
     name = routed_name(route)
     gain, over = measured.compare(single(DENSE), route), measured.compare(instead, route)
-    each = dict.fromkeys(component for _, component in route)
-    sizes = " + ".join(f"{component} {measured.size_bytes.get(component, 0) / 2**20:.1f}" for component in each)
+    each = {component for _, component in route}
+    memory = sum(measured.size_bytes.get(component, 0) for component in each) / max(measured.size_bytes[DENSE], 1)
     beside = "" if instead == single(DENSE) else f", {over.speedup:.2f}x over {routed_name(instead)} alone"
-    notes = "".join(f"; {component}: {note}" for component in each if (note := measured.notes.get(component)))
-    return (
-        f"{name}: faster, {gain.speedup:.2f}x over {_list(measured.tokens)} tokens on average{beside}, "
-        f"spread {gain.spread:.0%}, keeping {sizes} MiB{notes}"
-    )
+    words = f"{name}: {_figure(gain)} over {_list(measured.tokens)} tokens{beside}"
+    return f"{words}, keeping {memory:.2f}x the dense weight's bytes"
 
 
 def _list(tokens: tuple[int, ...]) -> str:

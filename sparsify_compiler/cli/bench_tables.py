@@ -10,6 +10,7 @@ from sparsify_compiler.export.report_table import Column, bullet, small, table
 from sparsify_compiler.runtime.benchmark.layers import LayerBench
 from sparsify_compiler.runtime.benchmark.models import BenchRow
 from sparsify_compiler.runtime.benchmark.report import BenchReport
+from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 STYLES = {"faster": "bold green", "slower": "yellow"}
 MEANING = (
@@ -73,8 +74,8 @@ def _layer(layer: LayerBench, width: int) -> Iterable[RenderableType]:
         what = f"{first.shape[0]}x{first.shape[1]} {first.pattern}, density {first.density:.3g}, {first.dtype}"
         yield from table(f"{printable(first.layer)}: {what}", columns, width, "--json")
     yield bullet(_plain(f"would run: {layer.chosen}"))
-    for name, reason in layer.refused:
-        yield bullet(_plain(f"{name} cannot run it: {reason}"))
+    for reason, names in by_reason(layer.refused).items():
+        yield bullet(_plain(f"cannot run it: {', '.join(names)}: {reason}"))
 
 
 def _surroundings(report: BenchReport) -> Iterable[RenderableType]:

@@ -16,6 +16,7 @@ from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.export.report_rows import printable
 from sparsify_compiler.export.report_table import Column, bullet, small, table
 from sparsify_compiler.pipeline.kernel_survey import Survey, SurveyRow
+from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 
 def kernels_verb(
@@ -76,14 +77,11 @@ def _tests(rows: list[SurveyRow]) -> Text:
 
 def _reasons(survey: Survey) -> Iterable[RenderableType]:
     """Say every reason once, with the kernels that gave it: what each found stands in --json."""
-    found: dict[str, dict[str, None]] = {}
-    for row in survey.rows:
-        if row.refused is not None:
-            found.setdefault(row.refused.split("; found ")[0], {})[row.kernel] = None
+    found = by_reason((row.kernel, row.refused) for row in survey.rows if row.refused is not None)
     if found:
         yield Text("\nWhy not", style="bold")
     for reason, kernels in found.items():
-        yield bullet(_plain(f"{reason}: {', '.join(kernels)}"))
+        yield bullet(_plain(f"{', '.join(kernels)}: {reason}"))
 
 
 def _ends(survey: Survey) -> Iterable[RenderableType]:

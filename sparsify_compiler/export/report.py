@@ -6,25 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparsify_compiler.runtime.tuning.verdicts import Timing
+
 Status = Literal["pruned", "dense", "refused"]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One candidate kernel at one token count: medians in microseconds, relative spread (IQR / median), the gain.
-
-    `speedup` is dense time / this kernel's time in the same run. `verdict` says in words who won and why. `variant` is
-    the kernel's variant that was measured, "" its own choice.
-    """
-
-    kernel: str
-    tokens: int
-    time_us: float
-    dense_us: float
-    spread: float
-    speedup: float
-    verdict: str
-    variant: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sparsify_compiler.export.report_rows import (
     shape_words,
     weights_removed,
 )
+from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 
 def report_html(report: Report) -> str:
@@ -29,6 +30,7 @@ def report_html(report: Report) -> str:
         quality_change=quality_change,
         shape_words=shape_words,
         best_timings=best_timings,
+        by_reason=by_reason,
         eligible_kernels=eligible_kernels,
         error_selected=error_selected,
         removed=removed,

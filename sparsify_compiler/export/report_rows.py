@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from sparsify_compiler.export.report import Quality, Report, SiteReport, Timing
+from sparsify_compiler.export.report import Quality, Report, SiteReport
+from sparsify_compiler.runtime.tuning.verdicts import Timing, by_reason, without_found
 
 T = TypeVar("T")
 
@@ -77,6 +78,16 @@ def best_timings(site: SiteReport) -> dict[int, Timing]:
 def eligible_kernels(site: SiteReport) -> tuple[str, ...]:
     """Name the kernels that could run the site and were timed, `dense` first."""
     return tuple(dict.fromkeys(["dense", *(timing.kernel for timing in site.timings)]))
+
+
+def refusals(sites: Sequence[SiteReport]) -> Iterable[tuple[str, Sequence[str], Sequence[str]]]:
+    """Yield each reason against kernels once, with the kernels that gave it and the sites they gave it at."""
+    for reason, kernels in by_reason(pair for site in sites for pair in site.refused_kernels.items()).items():
+        stem, gathered = without_found(reason), dict[tuple[str, ...], list[str]]()
+        for kernel in kernels:
+            where = (site.name for site in sites if without_found(site.refused_kernels.get(kernel, "")) == stem)
+            gathered.setdefault(tuple(where), []).append(kernel)
+        yield from ((reason, each, where) for where, each in gathered.items())
 
 
 def error_selected(site: SiteReport) -> float | None:

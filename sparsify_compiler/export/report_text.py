@@ -28,6 +28,7 @@ from sparsify_compiler.export.report_rows import (
     printable,
     quality_change,
     recipe_words,
+    refusals,
     shape_words,
     single_rows,
     size,
@@ -222,16 +223,13 @@ def _speedup(row: Row, tokens: int) -> Text:
 
 
 def _refused_kernels(report: Report) -> Iterable[RenderableType]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for site in report.sites:
-        for kernel, reason in site.refused_kernels.items():
-            found.setdefault((kernel, reason), []).append(site.name)
-    if not found:
+    asked = [site for site in report.sites if site.refused_kernels]
+    if not asked:
         return
-    pruned = [site.name for site in report.sites if site.status == "pruned"]
-    yield Text("\nKernels not eligible", style="bold")
-    for (kernel, reason), names in found.items():
-        yield bullet(_plain(f"{kernel}: {reason} ({_names(names, pruned)})"))
+    yield Text(f"\nKernels not eligible at {len(asked)} site{'s' if len(asked) > 1 else ''}", style="bold")
+    for reason, kernels, names in refusals(asked):
+        where = f" (only at {_names(names, [])})" if len(names) < len(asked) else ""
+        yield bullet(_plain(f"{', '.join(kernels)}: {reason}{where}"))
 
 
 def _notes(report: Report) -> Iterable[RenderableType]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sparsify_compiler.checkpoint import Checkpoint, digest
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import Forward, fidelity, perplexity, top_k_accuracy
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
+from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.pipeline.options import Options
@@ -30,6 +30,7 @@ from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import Needs
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
+from sparsify_compiler.runtime.machine import versions
 
 LIBRARIES = (
     "sparsify-compiler",
@@ -118,12 +119,12 @@ class Job:
     def _say_memory(self, walk: Walk) -> None:
         """Say before pruning what the walk will hold beside the model."""
         estimate = walk.estimate()
-        statistics, boundaries = (size / 2**30 for size in (estimate.statistics_bytes, estimate.boundary_bytes))
+        statistics, boundaries = estimate.statistics_bytes, estimate.boundary_bytes
         last = max((d.site.segment for d in walk.decisions if d.rule is not None), default=0)
-        self.progress(f"prune (about {statistics + boundaries:.2f} GiB of statistics and activations)", 0, last + 1)
+        self.progress(f"prune (about {size(statistics + boundaries)} of statistics and activations)", 0, last + 1)
         self.notes.append(
-            f"estimated before pruning: {statistics:.2f} GiB for the statistics of the largest segment and "
-            f"{boundaries:.2f} GiB for the values between segments of {len(walk.batches)} batches, beside the model"
+            f"estimated before pruning: {size(statistics)} for the statistics of the largest segment and "
+            f"{size(boundaries)} for the values between segments of {len(walk.batches)} batches, beside the model"
         )
 
     def quality(self, dense: Forward, sparse: Forward) -> tuple[Quality, ...]:
@@ -192,12 +193,7 @@ def measure(dense: Forward | None, sparse: Forward, data: Heldout, progress: Pro
 
 def environment(device: torch.device) -> dict[str, str]:
     """Name the machine and the library versions a figure depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), **versions(LIBRARIES)}
     found["device"] = device_name(device)
     found["threads"] = str(torch.get_num_threads())
     return found

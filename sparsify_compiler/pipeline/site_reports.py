@@ -6,7 +6,6 @@ from sparsify_compiler.export.report import SiteReport
 from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.options import Options
-from sparsify_compiler.pipeline.tuning import timings
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
@@ -50,7 +49,7 @@ def site_reports(
                 seconds=outcome.seconds,
                 kernel=verdict.kernel if verdict else "dense",
                 refused_kernels=verdict.refused if verdict else {},
-                timings=timings(verdict) if verdict else (),
+                timings=verdict.timings if verdict else (),
                 dense_bytes=size,
                 packed_bytes=packed[site.name].size_bytes() if site.name in packed else size,
                 onnx=forms.get(site.name, ""),

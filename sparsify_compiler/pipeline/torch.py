@@ -28,7 +28,7 @@ from sparsify_compiler.pipeline.site_reports import site_reports
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.runtime.tuning.tune_conv import ConvInput
-from sparsify_compiler.runtime.tuning.verdicts import Verdict
+from sparsify_compiler.runtime.tuning.verdicts import Verdict, by_reason
 from sparsify_compiler.sources.describe import describe
 
 
@@ -185,7 +185,7 @@ def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lo
         verdicts = tuner.verdicts(parts, patterns, inputs)
     dense = [name for name, verdict in verdicts.items() if verdict.kernel == "dense"] + list(why_dense)
     if job.options.require_sparse and dense:
-        first = why_dense.get(dense[0]) or verdicts[dense[0]].reason
+        first = why_dense.get(dense[0]) or _why(verdicts[dense[0]])
         raise KernelError(
             f"--require-sparse: {len(dense)} of {len(pruned.sites)} pruned sites would run dense on "
             f"{device_name(device)}; {dense[0]}: {first}"
@@ -193,6 +193,14 @@ def _measure(job: Job, pruned: Pruned) -> tuple[dict[str, Verdict], dict[str, Lo
     if verdicts:
         job.notes.append(words(verdicts))
     return verdicts, parts, why_dense
+
+
+def _why(verdict: Verdict) -> str:
+    """Say why dense stays, with every refusal where no kernel was measured."""
+    if verdict.timings:
+        return verdict.reason
+    refusals = (f"{', '.join(names)}: {reason}" for reason, names in by_reason(verdict.refused.items()).items())
+    return f"{verdict.reason}: {'; '.join(refusals)}"
 
 
 def _conv_inputs(job: Job, pruned: Pruned, parts: Mapping[str, Lowerable]) -> dict[str, ConvInput]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.batches import Batch, call
-from sparsify_compiler.export.report import Timing
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.graph import ConvLayout, Site
 from sparsify_compiler.kernel import Packed
@@ -169,15 +168,9 @@ def conv_inputs(module: nn.Module, names: Collection[str], batch: Batch) -> dict
     return found
 
 
-def timings(verdict: Verdict) -> tuple[Timing, ...]:
-    """Bring a tuner's timings into the report's form."""
-    return tuple(Timing(**vars(timing)) for timing in verdict.timings)
-
-
 def words(verdicts: Mapping[str, Verdict]) -> str:
-    """Sum up what the tuner found, for `require_sparse` and the report's notes."""
-    dense = sorted(name for name, verdict in verdicts.items() if verdict.kernel == "dense")
-    if not dense:
-        return f"all {len(verdicts)} measured sites run a sparse kernel"
-    first = verdicts[dense[0]]
-    return f"{len(dense)} of {len(verdicts)} measured sites stay dense; {dense[0]}: {first.reason}"
+    """Count for the report's notes where sparse kernels won; why is told site by site."""
+    sparse = sum(verdict.kernel != "dense" for verdict in verdicts.values())
+    if sparse == len(verdicts):
+        return f"all {sparse} measured sites run a sparse kernel"
+    return f"a sparse kernel won at {sparse} of {len(verdicts)} measured sites; the others run dense"

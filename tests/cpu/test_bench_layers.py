@@ -14,7 +14,7 @@ from sparsify_compiler.runtime.benchmark.decode import DecodeCase, bench_decode
 from sparsify_compiler.runtime.benchmark.decoder import DecoderConfig
 from sparsify_compiler.runtime.benchmark.layers import bench_layer, random_layer
 from sparsify_compiler.runtime.formats import kept_entries, unpack
-from sparsify_compiler.runtime.tuning.tune import KernelTiming, Verdict
+from sparsify_compiler.runtime.tuning.tune import Timing, Verdict
 
 CPU = torch.device("cpu")
 SMALL = DecoderConfig(32, 48, 2, 4, 2, 8, 50)
@@ -38,7 +38,7 @@ def test_ceilings_of_this_machine_are_positive_and_possible() -> None:
 
 def test_every_row_stands_beside_its_own_limit() -> None:
     packed = random_layer((64, 32), NM(2, 4), None, torch.float32, CPU)
-    timings = tuple(KernelTiming("fast", tokens, 2.0, 6.0, 0.01, 3.0, "faster: 3.00x, spread 1%") for tokens in (1, 64))
+    timings = tuple(Timing("fast", tokens, 2.0, 6.0, 0.01, 3.0, "faster: 3.00x, spread 1%") for tokens in (1, 64))
 
     def tune_one(packed: Packed, spec: MatmulSpec) -> Verdict:
         return Verdict("fast", "fast: faster", tuple(t for t in timings if t.tokens in spec.tokens), {"slow": "no GPU"})

@@ -58,8 +58,8 @@ def test_the_table_names_what_runs_what_failed_and_why() -> None:
     assert dense.split()[1:3] == ["every", "pattern"]
     assert "24 passed" in dense
     assert "2 of 14 failed" in picky
-    assert "too [b]dense[/b]: picky" in text
-    assert "self-test: crashed (SIGSEGV): picky" in text
+    assert "picky: too [b]dense[/b]; found 0.5" in text
+    assert "picky: self-test: crashed (SIGSEGV)" in text
 
 
 def test_without_self_tests_nothing_is_run_and_json_has_every_row() -> None:

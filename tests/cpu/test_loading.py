@@ -78,5 +78,5 @@ def test_memory_is_estimated_before_anything_is_pruned() -> None:
         progress=lambda stage, done, total: stages.append(stage),
     )
     first = next(stage for stage in stages if stage.startswith("prune"))
-    assert first == "prune (about 0.00 GiB of statistics and activations)"
+    assert first == "prune (about 65.0 KiB of statistics and activations)"
     assert any("estimated before pruning" in note and "of 2 batches" in note for note in report.notes)

@@ -174,7 +174,7 @@ def test_the_text_says_all_that_was_found() -> None:
         "passed in CPUExecutionProvider: largest difference 2e-06",
         "the embedding reads it too",
         "a depthwise convolution",
-        "nm_mma: needs a CUDA GPU; found a CPU (all 60 sites)",
+        "Kernels not eligible at 60 sites\n • nm_mma: needs a CUDA GPU; found a CPU\n",
         "exported without a key-value cache",
     ):
         assert words in text, words
@@ -197,6 +197,23 @@ def test_the_reasons_for_a_kernel_are_told_or_counted() -> None:
     assert "48 more reasons, each of fewer sites: see report.html." in report_text(deep_report(), 120)  # 60 less 12
     every = make_report((make_site("a", reason="same"), make_site("b", reason="same")))
     assert " • all 2 sites: same" in report_text(every, 120)
+
+
+def test_a_reason_against_kernels_is_said_once_with_its_kernels_and_sites() -> None:
+    both = {"a": "runs on cuda; found cpu", "b": "runs on cuda; found cpu", "c": "needs 2:4; found 64x64"}
+    sites = (
+        make_site("x", refused_kernels=both),
+        make_site("y", refused_kernels={**both, "c": "needs 2:4; found 4:8"}),
+    )
+    text = report_text(make_report((*sites, make_site("z", refused_kernels={"c": "out of memory"}))), 120)
+    lines = text.partition("Kernels not eligible at 3 sites\n")[2].splitlines()
+    assert lines[:3] == [
+        " • a, b: runs on cuda; found cpu (only at x, y)",
+        " • c: needs 2:4 (only at x, y)",
+        " • c: out of memory (only at z)",
+    ]
+    page = report_html(make_report(sites))
+    assert "a, b: runs on cuda; found cpu; c: needs 2:4; found 64x64" in page
 
 
 def test_few_sites_have_a_row_each() -> None:

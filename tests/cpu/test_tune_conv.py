@@ -125,7 +125,7 @@ def test_a_layer_that_is_faster_as_a_whole_wins_with_its_best_variant(known: Cal
     script = Script({"dense 60": [10], "sparse a 60": [9], "sparse b 60": [5], "sparse c 60": [7], "slow 60": [30]})
     verdict = tune_conv(problem(), fakes, Budget(most_rounds=6), script)
     assert (verdict.kernel, verdict.variants) == ("sparse", "60=b")
-    assert "sparse: faster, 2.00x over 60 tokens on average" in verdict.reason
+    assert "sparse: 2.00x ±0.00 over 60 tokens" in verdict.reason
     assert verdict.reason.endswith("(the whole convolution, at input 2x8x5x6)")
     assert {row.kernel: row.speedup for row in verdict.timings} == {"sparse": 2, "slow": pytest.approx(1 / 3)}
     assert script.order.count("slow 60") == 3 + 3  # its variant's rounds, and those up to the look
@@ -136,7 +136,7 @@ def test_dense_stays_where_nothing_wins_or_runs(known: Callable[..., tuple[Kerne
     fakes = known(Fake("sparse"))
     verdict = tune_conv(problem(), fakes, Budget(most_rounds=6), Script({"dense 60": [10], "sparse 60": [12.5]}))
     assert verdict.kernel == "dense"
-    assert "sparse: slower, 0.80x" in verdict.reason
+    assert "against sparse 0.80x ±0.00" in verdict.reason
     fakes = known(Fake("wrong", 0.1), Fake("no", refusal="needs a GPU"), Fake("bad", error="broken"), Fake("crash"))
     verdict = tune_conv(problem(), fakes, None, Script({"dense 60": [10]}), Refusing("crash"))
     assert "no sparse kernel can run this convolution" in verdict.reason

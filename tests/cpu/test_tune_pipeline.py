@@ -17,7 +17,7 @@ from sparsify_compiler.export.report import Timing, report_from_json
 from sparsify_compiler.graph import MatmulLayout, Site
 from sparsify_compiler.passes.lower import Lowerable
 from sparsify_compiler.pattern import Unstructured
-from sparsify_compiler.pipeline.tuning import Tuner, timings
+from sparsify_compiler.pipeline.tuning import Tuner
 from sparsify_compiler.runtime.layers.modules import SparseLinear
 from sparsify_compiler.runtime.tuning.candidates import Budget
 from sparsify_compiler.runtime.tuning.selftest import SelfTest
@@ -69,7 +69,7 @@ def test_equal_layers_are_measured_once_and_known_to_the_next_run(tmp_path: Path
         assert later.tester._child is None
     assert {name: verdict.kernel for name, verdict in again.items()} == {n: v.kernel for n, v in verdicts.items()}
     assert again["wide"].reason.endswith("from the cache)")
-    assert timings(again["a"]) == timings(verdicts["a"])
+    assert again["a"].timings == verdicts["a"].timings
 
 
 def test_without_a_cache_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

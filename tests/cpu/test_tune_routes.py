@@ -36,8 +36,8 @@ def test_two_kernels_that_each_win_somewhere_share_the_layer() -> None:
     )
     assert verdict.kernel == "few@16+many"
     # the cube roots of 10 * 10 * 10 / (4 * 5 * 6) and of 9 * 8 / (4 * 5)
-    assert "few@16+many: faster, 2.03x over 1, 16, 64 tokens on average, 1.53x over many alone" in verdict.reason
-    assert "keeping few 0.0 + many 0.0 MiB" in verdict.reason
+    assert "few@16+many: 2.03x ±0.00 over 1, 16, 64 tokens, 1.53x over many alone" in verdict.reason
+    assert "keeping 2.00x the dense weight's bytes" in verdict.reason  # every fake keeps a dense weight
     rows = {row.tokens: row for row in verdict.timings if row.kernel == verdict.kernel}
     assert [rows[n].time_us for n in COUNTS] == [4, 5, 6]
     assert verdict.size_bytes["few@16+many"] == 12 * 16 * 4  # both fakes keep the same tensor, so it is kept once
@@ -83,19 +83,19 @@ def test_dense_is_no_part_without_leave_but_the_reason_says_what_it_would_give()
     script = times(dense=(10, 10, 10), few=(4, 5, 40))
     verdict, _ = decide(script, Fake("few"), tokens=COUNTS)
     assert verdict.kernel == "dense"
-    assert "slower at 64 (0.25x), where 0.9x is the least that is taken" in verdict.reason
+    assert "few 1.08x ±0.00 (slower at 64 (0.25x), 0.9x is the least that is taken)" in verdict.reason
     # the cube root of 10 * 10 / (4 * 5)
-    assert "for the memory of a dense copy (dense_copy allows it): few@16+dense: faster, 1.71x" in verdict.reason
+    assert "not taken unless a dense copy is allowed (dense_copy): few@16+dense: 1.71x" in verdict.reason
     allowed, _ = decide(script, Fake("few"), tokens=COUNTS, dense_copy=True)
     assert allowed.kernel == "few@16+dense"
-    assert allowed.reason.startswith("few@16+dense: faster, 1.71x")
+    assert allowed.reason.startswith("few@16+dense: 1.71x")
 
 
 def test_dense_beside_a_winner_is_offered_too() -> None:
     script = times(dense=(10, 10, 10), few=(2, 2, 11))
     verdict, _ = decide(script, Fake("few"), tokens=COUNTS)
     assert verdict.kernel == "few"
-    assert "few@16+dense: faster, 2.92x" in verdict.reason  # the cube root of 10 * 10 / (2 * 2)
+    assert "few@16+dense: 2.92x" in verdict.reason  # the cube root of 10 * 10 / (2 * 2)
     assert decide(script, Fake("few"), tokens=COUNTS, dense_copy=True)[0].kernel == "few@16+dense"
 
 

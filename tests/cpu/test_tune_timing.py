@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 
 @dataclass
 class FakeCuda:
-    """torch.cuda as far as the stopwatch and `graphed` use it: a clock that calls move on, and graphs that record calls."""
+    """torch.cuda as far as graphs and stopwatches use it: a clock that calls move on, and graphs that record calls."""
 
     clock_us: float = 0.0
     stream: str = "current"
