@@ -24,7 +24,7 @@ from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.cli.requests import BenchRequest, DataChoice
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.bench_html import bench_html
-from sparsify_compiler.pattern import Pattern, parse_pattern
+from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.options import DTYPES, Options
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.runtime.benchmark.models import plot as plot_rows
@@ -65,7 +65,16 @@ Patterns = Annotated[
 ]
 
 
+OPTIONS = {
+    "MODEL": ("data", "batch_size", "sequence_length", "preprocess", "decode", "compiled", "repeats", "plot", "trust"),
+    "--layers": ("pattern", "sparsity", "dtype", "tokens"),
+    "--config": ("pattern", "sparsity", "dtype", "batch_size", "cached", "depth", "compiled", "repeats", "plot"),
+}
+"""Of the options that not every form of the verb reads, those that each reads."""
+
+
 def bench_verb(
+    context: typer.Context,
     models: Models = None,
     layers: Layers = None,
     config: Config = None,
@@ -82,7 +91,7 @@ def bench_verb(
     preprocess: opt.Preprocess = None,
     decode: Annotated[bool, typer.Option("--decode", help="Also time one more token after each sequence.")] = False,
     compiled: Annotated[bool, typer.Option("--torch-compile", help="Also time what torch.compile makes.")] = False,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache, for --config.")] = 512,
+    cached: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache, for --config.")] = 512,
     depth: Annotated[
         int | None, typer.Option(min=1, help="Decoder layers, for --config.", show_default="all of them")
     ] = None,
@@ -107,16 +116,21 @@ def bench_verb(
     decoder of real size, token by token.
     """
     with guard(debug):
-        _check_request(models, layers, config, plot)
+        form = _form(models, layers, config)
+        _check_options(context, form)
+        _check_files(json_file, html, plot)
         samples, lengths = _counts(batch_size, "--batch-size"), _counts(sequence_length, "--sequence-length")
         batch, kind = max(samples, default=1), DTYPES[dtype or _usual_dtype(device)]
+        patterns = tuple(parse_pattern(part) for part in pattern.split(","))
+        if config is not None and max(len(patterns), len(samples)) > 1:
+            raise DataError("--config times one --pattern and one --batch-size a run; give one of each")
         with draw_progress(Console(stderr=True)) as progress:
             if layers is not None:
-                asked = RandomLayers((), _patterns(pattern), sparsity, opt.token_counts(tokens), kind, seed)
+                asked = RandomLayers((), patterns, sparsity, opt.token_counts(tokens), kind, seed)
                 report = _time_layers(layers, asked, device, progress)
             elif config is not None:
-                what = DecodeChoice(sparsity, kind, device, batch, context, depth, repeats, compiled, seed)
-                report = bench_decoder(config, _patterns(pattern)[0], what, progress)
+                what = DecodeChoice(sparsity, kind, device, batch, cached, depth, repeats, compiled, seed)
+                report = bench_decoder(config, patterns[0], what, progress)
             else:
                 choice = DataChoice(batch, max(lengths, default=None), batch, preprocess, seed)
                 names = tuple(models or ())
@@ -125,12 +139,32 @@ def bench_verb(
         _show(report, json_file, html, plot)
 
 
-def _check_request(models: list[str] | None, layers: str | None, config: str | None, plot: Path | None) -> None:
+def _form(models: list[str] | None, layers: str | None, config: str | None) -> str:
+    """Say which form of the verb was asked for. Raises DataError for none or several."""
     chosen = [name for name, given in (("MODEL", models), ("--layers", layers), ("--config", config)) if given]
     if len(chosen) != 1:
         raise DataError(f"bench times MODELs, --layers or --config; found {' and '.join(chosen) or 'none of them'}")
+    return chosen[0]
+
+
+def _check_options(context: typer.Context, form: str) -> None:
+    """Refuse options that were given and that this form would not read. Raises DataError."""
+    names = {name: parameter.opts[0] for parameter in context.command.params if (name := parameter.name)}
+    for option in dict.fromkeys(name for each in OPTIONS.values() for name in each if name not in OPTIONS[form]):
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            reads = ", ".join(names[name] for name in OPTIONS[form])
+            raise DataError(f"{names[option]} does not go with {form}, which reads {reads}; leave it out")
+
+
+def _check_files(*files: Path | None) -> None:
+    """Refuse files that could not be written before anything is measured. Raises DataError."""
+    *_, plot = files
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise DataError(f"--plot {str(plot)!r}: cannot draw {plot.suffix or 'that'}; choose a .png or .svg file")
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise DataError(f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}; make it first")
 
 
 def _time_layers(layers: str, asked: RandomLayers, device: str, progress: Progress) -> BenchReport:
@@ -138,10 +172,6 @@ def _time_layers(layers: str, asked: RandomLayers, device: str, progress: Progre
         return bench_sites(layers, asked.tokens, device=device, progress=progress)
     shapes = tuple(_shape(text) for text in layers.split(","))
     return bench_layers(replace(asked, shapes=shapes), device=device, progress=progress)
-
-
-def _patterns(text: str) -> tuple[Pattern, ...]:
-    return tuple(parse_pattern(part) for part in text.split(","))
 
 
 def _show(report: BenchReport, json_file: Path | None, html: Path | None, plot: Path | None) -> None:

@@ -121,7 +121,7 @@ def bench_random_decoder(
         seed=choice.seed,
     )
     found = bench_decode(case, partial(_tune_one, tester), choice.repeats, choice.compiled, progress)
-    chosen = tuple(f"{name}: {verdict.kernel} ({verdict.reason})" for name, verdict in found.verdicts)
+    chosen = tuple(f"{name}: {verdict.reason}" for name, verdict in found.verdicts)
     inputs = f"{config}, {pattern}, random weights, batch {choice.batch}, context {choice.context}"
     return BenchReport(describe_machine(device), inputs, None, found.rows, (), (*chosen, *found.notes))
 

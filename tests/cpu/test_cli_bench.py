@@ -96,6 +96,12 @@ def test_bench_times_a_decoder_with_random_weights(tmp_path: Path) -> None:
         (("--layers", "64x60", "--pattern", "32x32", "--sparsity", "0.5", "--device", "cpu"), "64x60"),
         (("--config", "llama-9"), "llama-3-8b"),
         (("model.onnx", "--batch-size", "0"), "whole numbers of at least 1"),
+        (("model.onnx", "--json", "absent/times.json"), "there is no folder 'absent'"),
+        (("model.onnx", "--tokens", "4"), "--tokens does not go with MODEL, which reads --data, --batch-size"),
+        (("--layers", "4x4", "--plot", "times.png"), "--plot does not go with --layers"),
+        (("--config", "llama-3-8b", "--decode"), "--decode does not go with --config"),
+        (("--config", "llama-3-8b", "--pattern", "2:4,16:32"), "one --pattern and one --batch-size a run"),
+        (("--config", "llama-3-8b", "--batch-size", "1,8"), "one --pattern and one --batch-size a run"),
     ],
 )
 def test_bench_refuses_what_it_cannot_time(arguments: tuple[str, ...], said: str) -> None:
