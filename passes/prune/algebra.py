@@ -40,9 +40,23 @@ def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
         CalibrationError: `gram` has entries that are not finite.
         SingularGramError: it is all zero, or indefinite at every damping up to 1.
     """
+    lower, used, notes = damped_cholesky(gram.flip(0, 1), damp)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return InverseFactor(inverse.flip(0, 1).float().contiguous(), gram.diagonal() == 0, used, notes)
+
+
+def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
+    """Return lower L (in, in) float64 with L Lᵀ = `gram` + damp · mean diagonal · I, the damping used, and notes.
+
+    The damping rises tenfold, each step noted, while the matrix is indefinite.
+
+    Raises:
+        CalibrationError: `gram` has entries that are not finite.
+        SingularGramError: it is all zero, or indefinite at every damping up to 1.
+    """
     require_finite(gram)
-    diagonal = gram.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(gram.diagonal().mean())
     if mean <= 0:
         raise SingularGramError(
             "the Gram matrix is all zero: no calibration input reached this layer; "
@@ -51,13 +65,11 @@ def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
     notes: list[str] = []
     used = damp
     while used <= LARGEST_DAMP:
-        damped = gram.flip(0, 1).contiguous()
+        damped = gram.clone(memory_format=torch.contiguous_format)
         damped.diagonal().add_(used * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return InverseFactor(inverse.flip(0, 1).float().contiguous(), diagonal == 0, used, tuple(notes))
+            return lower, used, tuple(notes)
         notes.append(f"the Gram matrix is indefinite at damp {used:g}: raised to {used * 10:g}")
         used *= 10
     raise SingularGramError(
