@@ -120,11 +120,12 @@ def inspect(
     batches: Iterable[Batch] | None = None,
     *,
     tokens: tuple[int, ...] = (1, 16, 2048),
+    dtype: str = "float32",
     device: str = "auto",
     seed: int = 0,
     trust: bool = False,
 ) -> Inspection:
-    """List every site of `model`, prunable or not, with reasons, and estimate what compiling it would take.
+    """List every site of `model`, prunable or not, with reasons, and estimate what compiling it to `dtype` would take.
 
     Without `batches` (nor any from the model's own factory) the figures are those of generated inputs; `notes` say so.
 
@@ -132,11 +133,12 @@ def inspect(
         SparsifyError: the model or the data cannot be read.
     """
     source = open_source(model, trust)
-    where = Options(device=device).torch_device()
+    options = Options(tokens=tokens, dtype=dtype, device=device)
+    where = options.torch_device()
     given = _given(batches, source)
     used = given or random_batches(source, seed, where)
     graph, size = _graph(source, used[0], where)
-    return inspect_graph(graph, used, tokens, where, size, generated=given is None)
+    return inspect_graph(graph, used, tokens, options.torch_dtype(), where, size, generated=given is None)
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """The verb `bench`: whole models, single layers with random weights, or a decoder of real size."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.cli.requests import BenchRequest, DataChoice
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.bench_html import bench_html
-from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pattern import Pattern, parse_pattern
 from sparsify_compiler.pipeline.options import DTYPES, Options
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.runtime.benchmark.models import plot as plot_rows
@@ -60,6 +61,10 @@ Config = Annotated[
         "the config.json of a Llama-like model."
     ),
 ]
+Kind = Annotated[
+    opt.Dtype | None,
+    typer.Option("--dtype", help="For --layers and --config.", show_default="float16 on a GPU, else float32"),
+]
 Patterns = Annotated[
     str, typer.Option("--pattern", help="For --layers and --config: one or several patterns, as in 2:4,16:32.")
 ]
@@ -80,10 +85,7 @@ def bench_verb(
     config: Config = None,
     pattern: Patterns = "2:4",
     sparsity: opt.Sparsity = None,
-    dtype: Annotated[
-        opt.Dtype | None,
-        typer.Option("--dtype", help="For --layers and --config.", show_default="float16 on a GPU, else float32"),
-    ] = None,
+    dtype: Kind = None,
     tokens: Annotated[str, typer.Option(callback=opt.parse_tokens, help="Rows of x, for --layers.")] = "1,16,64,512",
     data: OptionalData = None,
     batch_size: Counts = None,
@@ -116,14 +118,11 @@ def bench_verb(
     decoder of real size, token by token.
     """
     with guard(debug):
-        form = _form(models, layers, config)
-        _check_options(context, form)
+        form = _checked_form(context, models, layers, config)
         _check_files(json_file, html, plot)
         samples, lengths = _counts(batch_size, "--batch-size"), _counts(sequence_length, "--sequence-length")
         batch, kind = max(samples, default=1), DTYPES[dtype or _usual_dtype(device)]
-        patterns = tuple(parse_pattern(part) for part in pattern.split(","))
-        if config is not None and max(len(patterns), len(samples)) > 1:
-            raise DataError("--config times one --pattern and one --batch-size a run; give one of each")
+        patterns = _patterns(pattern, samples, form)
         with draw_progress(Console(stderr=True)) as progress:
             if layers is not None:
                 asked = RandomLayers((), patterns, sparsity, opt.token_counts(tokens), kind, seed)
@@ -139,22 +138,19 @@ def bench_verb(
         _show(report, json_file, html, plot)
 
 
-def _form(models: list[str] | None, layers: str | None, config: str | None) -> str:
-    """Say which form of the verb was asked for. Raises DataError for none or several."""
+def _checked_form(context: typer.Context, models: list[str] | None, layers: str | None, config: str | None) -> str:
+    """Say which form of the verb was asked for. Raises DataError for none or several, or an option of another form."""
     chosen = [name for name, given in (("MODEL", models), ("--layers", layers), ("--config", config)) if given]
     if len(chosen) != 1:
         raise DataError(f"bench times MODELs, --layers or --config; found {' and '.join(chosen) or 'none of them'}")
-    return chosen[0]
-
-
-def _check_options(context: typer.Context, form: str) -> None:
-    """Refuse options that were given and that this form would not read. Raises DataError."""
+    (form,) = chosen
     names = {name: parameter.opts[0] for parameter in context.command.params if (name := parameter.name)}
     for option in dict.fromkeys(name for each in OPTIONS.values() for name in each if name not in OPTIONS[form]):
         source = context.get_parameter_source(option)
         if source is not None and source.name == "COMMANDLINE":
             reads = ", ".join(names[name] for name in OPTIONS[form])
             raise DataError(f"{names[option]} does not go with {form}, which reads {reads}; leave it out")
+    return form
 
 
 def _check_files(*files: Path | None) -> None:
@@ -165,6 +161,14 @@ def _check_files(*files: Path | None) -> None:
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise DataError(f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}; make it first")
+
+
+def _patterns(text: str, samples: Sequence[int], form: str) -> tuple[Pattern, ...]:
+    """Read --pattern. Raises DataError where --config was given several of what it times one of."""
+    patterns = tuple(parse_pattern(part) for part in text.split(","))
+    if form == "--config" and max(len(patterns), len(samples)) > 1:
+        raise DataError("--config times one --pattern and one --batch-size a run; give one of each")
+    return patterns
 
 
 def _time_layers(layers: str, asked: RandomLayers, device: str, progress: Progress) -> BenchReport:

@@ -76,7 +76,9 @@ def inspect_model(request: InspectRequest, progress: Progress) -> api.Inspection
     source = _open(request.model, request.trust, progress)
     data = _data(request.calibration, source, request.choice, request.trust)
     batches = data.batches if data else None
-    return api.inspect(source, batches, tokens=request.tokens, device=request.device, trust=request.trust)
+    return api.inspect(
+        source, batches, tokens=request.tokens, dtype=request.dtype, device=request.device, trust=request.trust
+    )
 
 
 def evaluate_model(request: EvaluateRequest, progress: Progress) -> tuple[Quality, ...]:

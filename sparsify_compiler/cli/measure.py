@@ -19,6 +19,7 @@ def inspect_verb(
     model: opt.Model,
     calibration: opt.Calibration = None,
     tokens: opt.Tokens = "1,16,2048",
+    dtype: opt.DtypeOption = "float32",
     windows: opt.Windows = None,
     sequence_length: opt.Length = None,
     batch_size: opt.BatchSize = None,
@@ -31,7 +32,7 @@ def inspect_verb(
     """List every site of MODEL: shape, tokens it would see, patterns and kernels it can take, or why not."""
     with guard(debug):
         choice = DataChoice(windows, sequence_length, batch_size, preprocess)
-        request = InspectRequest(model, opt.token_counts(tokens), calibration, choice, device, trust)
+        request = InspectRequest(model, opt.token_counts(tokens), dtype, calibration, choice, device, trust)
         with draw_progress(Console(stderr=True)) as progress:
             inspection = inspect_model(request, progress)
         console = Console(highlight=False)

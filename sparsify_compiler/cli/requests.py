@@ -38,10 +38,11 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class InspectRequest:
-    """List the sites of `model`, and what compile would need for the kernels at `tokens` and the data."""
+    """List the sites of `model`, and what compile would need for the kernels at `tokens` in `dtype` and the data."""
 
     model: str
     tokens: tuple[int, ...]
+    dtype: str = "float32"
     calibration: str | None = None
     choice: DataChoice = DataChoice()
     device: str = "auto"

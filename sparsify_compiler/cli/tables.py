@@ -9,7 +9,16 @@ from rich.text import Text
 
 from sparsify_compiler.api import Inspection, SiteInspection
 from sparsify_compiler.export.report import Quality
-from sparsify_compiler.export.report_rows import duration, fold, fold_names, number, printable, quality_change, size
+from sparsify_compiler.export.report_rows import (
+    duration,
+    fold,
+    fold_names,
+    number,
+    printable,
+    quality_change,
+    refusals,
+    size,
+)
 from sparsify_compiler.export.report_table import Column, bullet, table
 from sparsify_compiler.export.report_text import FOLD_ABOVE
 
@@ -84,15 +93,21 @@ def _reasons(inspection: Inspection) -> Iterable[RenderableType]:
             continue
         if site.dense_by_default:
             found.setdefault(f"dense by default: {site.dense_by_default}", []).append(site.name)
-        for choices, word in ((row.patterns, "pattern"), (row.kernels, "kernel")):
-            for name, reason in choices.items():
-                if reason is not None:
-                    found.setdefault(f"{word} {name}: {reason}", []).append(site.name)
+        for name, reason in row.patterns.items():
+            if reason is not None:
+                found.setdefault(f"pattern {name}: {reason}", []).append(site.name)
+    for reason, kernels, names in refusals((row.site.name, _refused(row)) for row in inspection.rows):
+        found[f"{', '.join(kernels)}: {reason}"] = list(names)
     if found:
         yield Text("\nWhy not", style="bold")
     for reason, names in found.items():
         every = len(names) == len(inspection.rows) > 1
         yield bullet(_plain(f"{reason} ({'every site' if every else fold_names(names)})"))
+
+
+def _refused(row: SiteInspection) -> dict[str, str]:
+    """Return the kernels that cannot run a site that can be pruned, and why."""
+    return {} if row.site.refusal else {name: reason for name, reason in row.kernels.items() if reason is not None}
 
 
 def _estimates(inspection: Inspection) -> Iterable[RenderableType]:

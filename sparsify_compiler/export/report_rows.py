@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -80,12 +80,18 @@ def eligible_kernels(site: SiteReport) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["dense", *(timing.kernel for timing in site.timings)]))
 
 
-def refusals(sites: Sequence[SiteReport]) -> Iterable[tuple[str, Sequence[str], Sequence[str]]]:
-    """Yield each reason against kernels once, with the kernels that gave it and the sites they gave it at."""
-    for reason, kernels in by_reason(pair for site in sites for pair in site.refused_kernels.items()).items():
+def refusals(
+    of_sites: Iterable[tuple[str, Mapping[str, str]]],
+) -> Iterable[tuple[str, Sequence[str], Sequence[str]]]:
+    """Yield each reason against kernels once, with the kernels that gave it and the sites they gave it at.
+
+    `of_sites` are the sites' names, each with the refused kernels and their reasons.
+    """
+    sites = tuple(of_sites)
+    for reason, kernels in by_reason(pair for _, refused in sites for pair in refused.items()).items():
         stem, gathered = without_found(reason), dict[tuple[str, ...], list[str]]()
         for kernel in kernels:
-            where = (site.name for site in sites if without_found(site.refused_kernels.get(kernel, "")) == stem)
+            where = (name for name, refused in sites if without_found(refused.get(kernel, "")) == stem)
             gathered.setdefault(tuple(where), []).append(kernel)
         yield from ((reason, each, where) for where, each in gathered.items())
 

@@ -227,7 +227,7 @@ def _refused_kernels(report: Report) -> Iterable[RenderableType]:
     if not asked:
         return
     yield Text(f"\nKernels not eligible at {len(asked)} site{'s' if len(asked) > 1 else ''}", style="bold")
-    for reason, kernels, names in refusals(asked):
+    for reason, kernels, names in refusals((site.name, site.refused_kernels) for site in asked):
         where = f" (only at {_names(names, [])})" if len(names) < len(asked) else ""
         yield bullet(_plain(f"{', '.join(kernels)}: {reason}{where}"))
 

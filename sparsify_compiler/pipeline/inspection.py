@@ -1,6 +1,7 @@
 """Look at a model before compiling it: every site with what it could take and why not, and what compile would cost."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,15 +10,17 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.calibrate import Walk
+from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.frontends.layout import row_chunks
 from sparsify_compiler.graph import Graph, MatmulLayout, Site
-from sparsify_compiler.kernel import MatmulSpec
+from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.pipeline.job import peak_memory_bytes
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.recipe import make_rule
 from sparsify_compiler.runtime.kernels import capability, kernels
+from sparsify_compiler.runtime.tuning.verdicts import without_found
 
 PATTERNS: tuple[Pattern, ...] = (Unstructured(), NM(2, 4), NM(4, 8), NM(16, 32), Block(16, 16), Block(64, 64))
 """The patterns that `inspect` tries on every site; a recipe may ask for any other."""
@@ -28,7 +31,10 @@ REFIT_PRODUCTS = 70
 
 @dataclass(frozen=True)
 class SiteInspection:
-    """One site: rows its input would give over all batches, and per pattern and kernel None or the reason against."""
+    """One site: rows its input would give over all batches, and per pattern and kernel None or the reason against.
+
+    A kernel has none where it runs one of the patterns that fit; which of them it takes, and how fast, compile finds.
+    """
 
     site: Site
     tokens: int
@@ -50,14 +56,16 @@ def inspect_graph(
     graph: Graph,
     batches: Sequence[Batch],
     tokens: tuple[int, ...],
+    dtype: torch.dtype,
     device: torch.device,
     model_bytes: int,
     generated: bool = False,
 ) -> Inspection:
     """Run the first batch through `graph`, count what every site reads, and estimate the cost of compiling.
 
-    `model_bytes` is the size of the weights: compile holds them twice, the user's, which this process has read, and
-    the pruned ones. `generated` says that the batches were drawn at random because no data was given.
+    Kernels are asked about `dtype`, the compiled model's. `model_bytes` is the size of the weights: compile holds them
+    twice, the user's, which this process has read, and the pruned ones. `generated` says that the batches were drawn at
+    random because no data was given.
     """
     counts, seconds = _count(graph, batches[0])
     rows = tuple(
@@ -65,7 +73,7 @@ def inspect_graph(
             site,
             counts.get(site.reads, 0) * len(batches),
             {str(pattern): site.refusal or pattern.misfit(site.out, site.in_, site.run) for pattern in PATTERNS},
-            _kernels(site, tokens, device),
+            _kernels(site, tokens, dtype, device),
         )
         for site in graph.sites
     )
@@ -79,13 +87,15 @@ def inspect_graph(
     rate = _rate(device)
     notes: tuple[str, ...] = (
         f"{len(chosen)} of {len(graph.sites)} sites would be pruned by a rule for every site",
-        f"statistics of the largest segment {estimate.statistics_bytes / 2**20:.0f} MiB, values between segments "
-        f"{estimate.boundary_bytes / 2**20:.0f} MiB for {len(batches)} batches",
+        f"statistics of the largest segment {size(estimate.statistics_bytes)}, values between segments "
+        f"{size(estimate.boundary_bytes)} for {len(batches)} batches",
         "the time is for SparseGPT with re-solve at the speed measured now; exporting and tuning come on top",
     )
     if generated:
-        size = f"{len(batches)} generated batch{'es' if len(batches) != 1 else ''}"
-        notes += (f"no data was given: rows, memory and time are those of {size}; give the data you will compile with",)
+        drawn = f"{len(batches)} generated batch{'es' if len(batches) != 1 else ''}"
+        notes += (
+            f"no data was given: rows, memory and time are those of {drawn}; give the data you will compile with",
+        )
     return Inspection(rows, memory, 2 * seconds * len(batches) + (work + gathering) / rate, notes)
 
 
@@ -107,25 +117,42 @@ def _count(graph: Graph, batch: Batch) -> tuple[dict[str, int], float]:
     return counts, time.perf_counter() - start
 
 
-def _kernels(site: Site, tokens: tuple[int, ...], device: torch.device) -> dict[str, str | None]:
-    """Ask every kernel whether it would take the site at half its weights in float32."""
-    if site.refusal is not None:
-        return {kernel.name: None if kernel.name == "dense" else site.refusal for kernel in kernels()}
-    if not isinstance(site.layout, MatmulLayout) and len(site.shape) != 4:
-        conv = "only 2-d convolutions have a sparse layer"
-        return {kernel.name: None if kernel.name == "dense" else conv for kernel in kernels()}
-    spec = MatmulSpec(
-        out=site.out,
-        in_=site.in_,
-        dtype=torch.float32,
-        pattern=NM(2, 4),
-        density=0.5,
-        tokens=tokens,
-        device=device,
-        capability=capability(device),
-        run=site.run if site.run != site.in_ else None,
-    )
-    return {kernel.name: kernel.rejects(spec) for kernel in kernels()}
+def _kernels(site: Site, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
+    """Ask every kernel whether it would take the site at half its weights in one of the patterns that fit it."""
+    conv = not isinstance(site.layout, MatmulLayout) and len(site.shape) != 4
+    refusal = site.refusal or ("only 2-d convolutions have a sparse layer" if conv else None)
+    if refusal is not None:
+        return {kernel.name: None if kernel.name == "dense" else refusal for kernel in kernels()}
+    specs = [
+        MatmulSpec(
+            out=site.out,
+            in_=site.in_,
+            dtype=dtype,
+            pattern=pattern,
+            density=0.5,
+            tokens=tokens,
+            device=device,
+            capability=capability(device),
+            run=site.run if site.run != site.in_ else None,
+        )
+        for pattern in PATTERNS
+        if pattern.misfit(site.out, site.in_, site.run) is None
+    ]
+    return {kernel.name: _against(kernel, specs) for kernel in kernels()}
+
+
+def _against(kernel: Kernel, specs: Sequence[MatmulSpec]) -> str | None:
+    """Return None where a kernel takes one of `specs`, else what stands against it.
+
+    Of several reasons the one it gives least often: the others say that most patterns are not its own.
+    """
+    found = [kernel.rejects(spec) for spec in specs]
+    reasons = [reason for reason in found if reason is not None]
+    if len(reasons) < len(found):
+        return None
+    counts = Counter(map(without_found, reasons))
+    rarest = min(reversed(counts), key=lambda stem: counts[stem], default="no pattern fits")
+    return next((reason for reason in reasons if without_found(reason) == rarest), rarest)
 
 
 def _rate(device: torch.device) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.api import Options, inspect
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.runtime.layers.modules import SparseLinear
 
 RECIPE = sc.Recipe((sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.9),))
@@ -67,6 +68,21 @@ def test_an_inspection_says_that_its_inputs_were_generated() -> None:
     assert any("no data was given" in note for note in inspect(module).notes)
     given = inspect(module, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])
     assert not any("no data was given" in note for note in given.notes)
+
+
+def test_an_inspection_asks_kernels_about_every_pattern_in_the_compiled_dtype() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    found = {
+        dtype: inspect(module, [torch.randn(4, 64)], dtype=dtype, device="cpu").rows[0].kernels
+        for dtype in ("float32", "float16")
+    }
+    assert found["float32"]["block_gather"] is None  # it runs blocks alone, and blocks fit
+    assert found["float16"]["block_gather"] == (
+        "runs float32 and float64, whose products a CPU multiplies as they are; found torch.float16"
+    )
+    assert all("cpu" in (found["float32"][name] or "") for name in ("nm_mma", "block_decode", "bitmap_gemv"))
+    with pytest.raises(DataError, match="choose one of float32"):
+        inspect(module, dtype="int8")
 
 
 def test_memory_is_estimated_before_anything_is_pruned() -> None:
