@@ -10,7 +10,7 @@ from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.pipeline.bench_random import (
     DecodeChoice,
     RandomLayers,
-    bench_packed_layers,
+    bench_pruned_sites,
     bench_random_decoder,
     bench_random_layers,
 )
@@ -71,9 +71,9 @@ def bench_sites(
     Raises:
         SparsifyError: not such a folder, or nothing in it was pruned.
     """
-    packed = read_artefact(Path(folder)).packed
+    artefact = read_artefact(Path(folder))
     with SelfTest() as tester:
-        return bench_packed_layers(packed, tuple(tokens), Options(device=device).torch_device(), tester, progress)
+        return bench_pruned_sites(artefact, tuple(tokens), Options(device=device).torch_device(), tester, progress)
 
 
 def bench_decoder(

@@ -80,9 +80,15 @@ def random_layer(
 
 
 def bench_layer(
-    layer: str, packed: Packed, tokens: Sequence[int], device: torch.device, ceilings: Ceilings, tune_one: TuneOne
+    layer: str,
+    packed: Packed,
+    tokens: Sequence[int],
+    device: torch.device,
+    ceilings: Ceilings,
+    tune_one: TuneOne,
+    run: int | None = None,
 ) -> LayerBench:
-    """Tune one packed weight at each of `tokens` by itself, and set every time beside its limit.
+    """Tune one packed weight at each of `tokens` by itself, and set every time beside its limit. `run` as packed with.
 
     A tuner that is given several counts looks for one kernel for all of them; here each count stands alone.
     """
@@ -91,7 +97,7 @@ def bench_layer(
     reasons: list[str] = []
     refused: dict[str, str] = {}
     for count in tokens:
-        spec = spec_for(packed, (count,), device)
+        spec = spec_for(packed, (count,), device, run)
         verdict = tune_one(packed, spec)
         rows += _rows(layer, packed, spec, verdict, ceilings)
         chosen.append(f"{count}: {verdict.kernel}")

@@ -1,13 +1,14 @@
 """Benchmarks of single layers, and of whole decoders with random weights pruned to a pattern."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.export.torch import Artefact, PrunedSite
 from sparsify_compiler.kernel import MatmulSpec, Packed
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
@@ -16,6 +17,7 @@ from sparsify_compiler.runtime.benchmark.decode import DecodeCase, bench_decode
 from sparsify_compiler.runtime.benchmark.decoder import read_config
 from sparsify_compiler.runtime.benchmark.layers import bench_layer, random_layer
 from sparsify_compiler.runtime.benchmark.report import BenchReport
+from sparsify_compiler.runtime.formats import format_for, unpack
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.machine import describe_machine
 from sparsify_compiler.runtime.tuning.selftest import Tester
@@ -39,7 +41,7 @@ class RandomLayers:
 
 @dataclass(frozen=True)
 class DecodeChoice:
-    """How a decoder is built and timed; see `runtime.bench_decode.DecodeCase`."""
+    """How a decoder is built and timed; see `runtime.benchmark.decode.DecodeCase`."""
 
     sparsity: float | None = None
     dtype: torch.dtype = torch.float16
@@ -67,37 +69,50 @@ def bench_random_layers(
     return BenchReport(describe_machine(device), "random weights and inputs", ceilings, (), tuple(layers))
 
 
-def bench_packed_layers(
-    packed: Mapping[str, Packed],
+def bench_pruned_sites(
+    artefact: Artefact,
     tokens: tuple[int, ...],
     device: torch.device,
     tester: Tester | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
-    """Time every kernel on the distinct ones of `packed` weights by name: shape, pattern and density to 1 %.
+    """Time every kernel on an artefact's distinct weights: shape, pattern, run and density to 1 %.
+
+    Of a convolution it is the product of one group that is timed, without the windows; compile times it as a whole.
 
     Raises:
-        DataError: there is no weight.
+        DataError: nothing was pruned.
     """
-    distinct: dict[Hashable, tuple[str, Packed]] = {}
+    distinct: dict[Hashable, tuple[str, Packed, int | None]] = {}
     counts: Counter[Hashable] = Counter()
-    for name, weight in packed.items():
-        spec = spec_for(weight, tokens, device)
-        key: Hashable = (weight.shape, str(weight.pattern), round(spec.density, 2), spec.dtype)
-        distinct.setdefault(key, (name, weight))
+    for site in artefact.sites:
+        weight, run = _product(site, artefact.packed[site.site.name])
+        spec = spec_for(weight, tokens, device, run)
+        key: Hashable = (weight.shape, str(weight.pattern), run, round(spec.density, 2), spec.dtype)
+        distinct.setdefault(key, (site.site.name, weight, run))
         counts[key] += 1
     if not distinct:
         raise DataError("no pruned layer to time; give a folder in which compile pruned something")
-    dtype = next(iter(packed.values())).tensors["values"].dtype
+    dtype = next(iter(distinct.values()))[1].tensors["values"].dtype
     ceilings = measure_ceilings(device, dtype)
     layers = []
-    for done, (key, (name, weight)) in enumerate(distinct.items()):
+    for done, (key, (name, weight, run)) in enumerate(distinct.items()):
         progress("bench", done, len(distinct))
         here = replace(weight, tensors={part: tensor.to(device) for part, tensor in weight.tensors.items()})
         label = name if counts[key] == 1 else f"{name} and {counts[key] - 1} like it"
-        layers.append(bench_layer(label, here, tokens, device, ceilings, partial(_tune_one, tester)))
+        layers.append(bench_layer(label, here, tokens, device, ceilings, partial(_tune_one, tester), run))
     progress("bench", len(distinct), len(distinct))
     return BenchReport(describe_machine(device), "the pruned weights, random inputs", ceilings, (), tuple(layers))
+
+
+def _product(pruned: PrunedSite, packed: Packed) -> tuple[Packed, int | None]:
+    """Return the weight of a site's first group, and the pattern's run in it."""
+    site = pruned.site
+    run = site.run if site.run != site.in_ else None
+    if site.groups > 1:
+        weight = unpack(packed)[: site.out]
+        packed = format_for(packed.pattern).pack(weight, pruned.keep[0], packed.pattern, run)
+    return packed, run
 
 
 def bench_random_decoder(

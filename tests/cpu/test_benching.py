@@ -1,14 +1,20 @@
 """Whole models under the clock: cases of a sweep, the one-token step, labels, ways that do not work here."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from sparsify_compiler.errors import DataError, ModelError
-from sparsify_compiler.pattern import NM, Unstructured
-from sparsify_compiler.pipeline.bench_random import bench_packed_layers
+from sparsify_compiler.export.torch import Artefact, PrunedSite, pack_site
+from sparsify_compiler.graph import ConvLayout, MatmulLayout, Site
+from sparsify_compiler.kernel import MatmulSpec, Packed
+from sparsify_compiler.pattern import NM
+from sparsify_compiler.pipeline import bench_random
+from sparsify_compiler.pipeline.bench_random import bench_pruned_sites
 from sparsify_compiler.pipeline.benching import Bencher, Case, bench_sources, cases, decode_step, resized
-from sparsify_compiler.runtime.benchmark.layers import random_layer
+from sparsify_compiler.runtime.tuning.verdicts import Timing, Verdict
 from sparsify_compiler.sources.models import Source, module_source
 
 CPU = torch.device("cpu")
@@ -82,16 +88,34 @@ def test_every_model_and_case_gets_a_row_and_modules_stay_in_their_mode() -> Non
     assert not second.training
 
 
-def test_alike_layers_of_a_folder_are_timed_once() -> None:
-    packed = {
-        "a": random_layer((16, 8), NM(2, 4), None, torch.float32, CPU, 0),
-        "b": random_layer((16, 8), NM(2, 4), None, torch.float32, CPU, 1),
-        "c": random_layer((16, 8), Unstructured(), 0.9, torch.float32, CPU, 2),
-    }
-    found = bench_packed_layers(packed, (1,), CPU)
-    assert [layer.rows[0].layer for layer in found.layers] == ["a and 1 like it", "c"]
+def pruned(name: str, weight: torch.Tensor, groups: int = 1) -> tuple[PrunedSite, Packed]:
+    """Prune a Linear's weight, or a 3x3 Conv2d's, to 2:4 and pack it as an artefact does."""
+    convolution = ConvLayout((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), groups)
+    layout = convolution if weight.ndim == 4 else MatmulLayout(False, 0)
+    out, in_, run = weight.shape[0] // groups, weight[0].numel(), weight.shape[1]
+    site = Site(name, "kind", name, tuple(weight.shape), out, in_, groups, run, layout, "x", 0)
+    keep = torch.stack([NM(2, 4).select(torch.rand(out, in_), 0.5, run) for _ in range(groups)])
+    found = PrunedSite(site, "2:4", keep, (name,))
+    return found, pack_site({name: weight}, found)
+
+
+def test_alike_layers_of_a_folder_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [pruned("conv", torch.randn(8, 3, 3, 3), 2), pruned("a", torch.randn(8, 8)), pruned("b", torch.randn(8, 8))]
+    packed = {site.site.name: weight for site, weight in parts}
+    artefact = Artefact({}, {}, tuple(site for site, _ in parts), packed, "cpu", (1,))
+    asked: list[tuple[tuple[int, int], int | None]] = []
+
+    def one(tester: object, packed: Packed, spec: MatmulSpec) -> Verdict:
+        asked.append((packed.shape, spec.run))
+        row = Timing("fast", spec.tokens[0], 2.0, 6.0, 0.01, 3.0, "faster: 3.00x, spread 1%")
+        return Verdict("fast", "fast: 3.00x", (row,))
+
+    monkeypatch.setattr(bench_random, "_tune_one", one)
+    found = bench_pruned_sites(artefact, (1,), CPU)
+    assert [layer.rows[0].layer for layer in found.layers] == ["conv", "a and 1 like it"]
+    assert asked == [((4, 27), 3), ((8, 8), None)]  # one group's product, whose groups of 2:4 start again at each tap
     with pytest.raises(DataError, match="no pruned layer"):
-        bench_packed_layers({}, (1,), CPU)
+        bench_pruned_sites(dataclasses.replace(artefact, sites=()), (1,), CPU)
 
 
 def test_models_of_one_name_are_told_apart() -> None:
