@@ -40,7 +40,7 @@ class Walk:
     every pruned site, solved now or restored from the checkpoint.
     With `dense_targets` the dense model is walked alongside and problems carry `Targets`. A further round over a graph
     that is already pruned gives the dense weights (groups, out, in) by site name as `dense_weights`: they stay what
-    problems are measured against, and what the graph holds becomes their `start`.
+    problems are measured against, and what the graph holds, where it is something else, becomes their `start`.
     """
 
     graph: Graph
@@ -72,6 +72,8 @@ class Walk:
         if self.dense_targets:
             self._dense_boundaries = list(boundaries)
         last = max((site.segment for site, _ in self._chosen.values()), default=-1)
+        solved = self.checkpoint.finished() if self.checkpoint is not None else frozenset()
+        unsolved = max((site.segment for site, _ in self._chosen.values() if site.segment not in solved), default=-1)
         for segment in self.graph.segments[: last + 1]:
             sites = [self._chosen[name] for name in segment.sites if name in self._chosen]
             stage = f"prune {segment.name}"
@@ -85,7 +87,7 @@ class Walk:
             elif sites:
                 yield from self._segment_problems(segment.index, boundaries, sites)
                 self._finish(segment.index, sites)
-            if segment.index < last:
+            if segment.index < unsolved:
                 if self._dense_boundaries is not None:
                     self._advance(segment.index, self._dense_boundaries, self._dense)
                 self._advance(segment.index, boundaries)
@@ -151,9 +153,10 @@ class Walk:
                 continue
             now = self.graph.weight(site)
             dense = (self.dense_weights or {}).get(site.name)
+            moved = dense is not None and not torch.equal(now.to(dense.device), dense)
             for group, name in enumerate(site.problem_names()):
                 problem = self._problem(name, site, rule, (now if dense is None else dense)[group], seen, group)
-                yield problem if dense is None else replace(problem, start=now[group].to(problem.weight.device))
+                yield replace(problem, start=now[group].to(problem.weight.device)) if moved else problem
 
     def _problem(
         self, name: str, site: Site, rule: Rule, weight: Tensor, seen: Moments | None, group: int
@@ -183,9 +186,7 @@ class Walk:
         moments: dict[str, Moments] = {}
         names: dict[str, str] = {}
         for site, rule in sites:
-            needs = _needs(rule)
-            if self.dense_targets:
-                needs = Needs.GRAM
+            needs = Needs.GRAM if self.dense_targets else _needs(rule)
             if not self.batches or site.layout is None or needs is Needs.NOTHING:
                 continue
             known = moments.get(site.reads)

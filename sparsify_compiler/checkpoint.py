@@ -1,13 +1,15 @@
 """Finished segments on disk, so that a killed run can go on where it was.
 
-The folder holds one safetensors file a segment and `manifest.json`, which names the finished ones. The manifest is
-replaced atomically after the segment's file is durable, so at any moment it names only whole files.
+The folder holds one safetensors file a segment (of every round, where there are several) and `manifest.json`, which
+names the finished ones. The manifest is replaced atomically after the segment's file is durable, so at any moment it
+names only whole files.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ class Checkpoint:
         """
         self.folder = folder
         self._finished: dict[str, str] = {}
+        self._round = ""
         self._fingerprint = fingerprint
         manifest = folder / MANIFEST
         if resume and manifest.exists():
@@ -60,9 +63,22 @@ class Checkpoint:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest()
 
+    def of_round(self, number: int) -> "Checkpoint":
+        """Return the checkpoint of round `number` of the same run, from 1; the first round's is this one itself."""
+        if number == 1:
+            return self
+        other = copy(self)  # one table of finished segments between them, so that the manifest names them all
+        other._round = f"round-{number}-"
+        return other
+
+    def finished(self) -> frozenset[int]:
+        """Return the finished segments of this round."""
+        keys = (key.removeprefix(self._round) for key in self._finished if key.startswith(self._round))
+        return frozenset(int(key) for key in keys if key.isdigit())  # the first round's keys are plain numbers
+
     def read(self, segment: int) -> dict[str, SavedSite] | None:
         """Return the sites of a finished segment by name, or None where it is not finished."""
-        name = self._finished.get(str(segment))
+        name = self._finished.get(f"{self._round}{segment}")
         if name is None:
             return None
         try:
@@ -84,9 +100,9 @@ class Checkpoint:
             tensors[f"{name}.weight"] = site.weight.contiguous()
             tensors[f"{name}.keep"] = site.keep.to(torch.uint8).contiguous()
         records = json.dumps({name: dict(site.record) for name, site in sites.items()})
-        name = f"segment-{segment:04d}.safetensors"
+        name = f"segment-{self._round}{segment:04d}.safetensors"
         durable_write(self.folder / name, save(tensors, {"records": records}))
-        self._finished[str(segment)] = name
+        self._finished[f"{self._round}{segment}"] = name
         self._write_manifest()
 
     def _write_manifest(self) -> None:
