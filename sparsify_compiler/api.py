@@ -32,10 +32,11 @@ from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.forwards import forward_of, refuses
 from sparsify_compiler.pipeline.inspection import Inspection, SiteInspection, inspect_graph
-from sparsify_compiler.pipeline.job import Heldout, Job, measure
+from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.loading import put_kernels
 from sparsify_compiler.pipeline.onnx import compile_onnx
 from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.quality import Heldout, measure
 from sparsify_compiler.pipeline.torch import compile_torch
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.progress import Progress, silent

@@ -11,7 +11,7 @@ from sparsify_compiler.batches import Batch, call, main_tensor
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.onnx_model import write_torch_onnx
 from sparsify_compiler.pipeline.forwards import forward_of
-from sparsify_compiler.pipeline.job import Heldout, measure
+from sparsify_compiler.pipeline.quality import Heldout, measure
 from sparsify_compiler.progress import silent
 from sparsify_compiler.sources.models import load_model
 
