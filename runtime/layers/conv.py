@@ -12,7 +12,7 @@ from sparsify_compiler.kernel import Activation, Packed
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.runtime.epilogue import activate
 from sparsify_compiler.runtime.formats import format_for
-from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
+from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry, is_channels_last
 from sparsify_compiler.runtime.layers.modules import Running, SparseLinear
 
 
@@ -21,7 +21,8 @@ class SparseConv2d(nn.Module):
 
     A 1x1 kernel is a product on the input itself, copied only where it is not channels-last; any other reads its
     windows in chunks of bounded size. Where the kernel is dense (asked for, or fallen back to after a move) the layer
-    runs `torch.nn.functional.conv2d`. What is said of SparseLinear of state, moves and autocast holds here.
+    runs `torch.nn.functional.conv2d`, under autocast in autocast's dtype. What is said of SparseLinear of state and
+    moves, and with a sparse kernel of autocast, holds here.
     """
 
     def __init__(
@@ -98,15 +99,12 @@ class SparseConv2d(nn.Module):
         """Return (images, out, height, width) for `x` (images, channels, height, width), both without images too.
 
         Raises:
-            KernelError: as SparseLinear, other channels, or an input too small for the kernel.
+            KernelError: the layer has no data yet, `x` has other channels or another dtype or device, or is too small.
         """
         if x.dim() == 3:
             return cast(Tensor, self(x.unsqueeze(0)).squeeze(0))
+        self._check(x)
         geometry = self.geometry
-        if x.dim() != 4 or x.shape[1] != geometry.channels:
-            raise KernelError(
-                f"SparseConv2d needs x of (images, {geometry.channels}, height, width); found {tuple(x.shape)}"
-            )
         high, wide = geometry.out_size(x.shape[2], x.shape[3])
         if self.running.kernel == "dense":
             y = self._dense(x)
@@ -115,12 +113,24 @@ class SparseConv2d(nn.Module):
             rows = torch.cat(chunks) if len(chunks) > 1 else chunks[0]  # (images * positions, out)
             y = rows.reshape(x.shape[0], high, wide, rows.shape[1]).permute(0, 3, 1, 2)
         # Channels-last input gives channels-last output. Any other is what code that calls .view() on it expects.
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y.contiguous()
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""
         return str(self.geometry)
+
+    def _check(self, x: Tensor) -> None:
+        values, channels = self.parts[0].values, self.geometry.channels
+        if not self.running.kernel:
+            raise KernelError(f"SparseConv2d has {self.running.reason}")
+        fits = x.dim() == 4 and x.shape[1] == channels and x.device == values.device
+        if not fits or (
+            x.dtype != values.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
+        ):
+            raise KernelError(
+                f"SparseConv2d needs x of (images, {channels}, height, width) {values.dtype} on {values.device}; found "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}; convert x, or the module with .to()"
+            )
 
     def _products(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         return [

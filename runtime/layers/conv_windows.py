@@ -108,6 +108,15 @@ class ConvGeometry:
             yield from torch.split(images, max(most * taps.shape[1] // image, 1), dim=1) if image > most else (images,)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Say whether the channels of `x` (images, channels, height, width) lie side by side, and it is not contiguous too.
+
+    By its strides, for vmap cannot be asked about a memory format.
+    """
+    _, channels, _, wide = x.shape
+    return x.stride(1) == 1 and x.stride(3) == channels and x.stride(2) == wide * channels and not x.is_contiguous()
+
+
 def geometry_of(conv: nn.Conv2d) -> ConvGeometry:
     """Read the geometry of a PyTorch convolution, string padding included.
 

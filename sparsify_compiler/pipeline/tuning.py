@@ -19,7 +19,7 @@ from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import kernels, spec_for
 from sparsify_compiler.runtime.layers.conv import SparseConv2d
-from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry
+from sparsify_compiler.runtime.layers.conv_windows import ConvGeometry, is_channels_last
 from sparsify_compiler.runtime.layers.modules import SparseLinear
 from sparsify_compiler.runtime.tuning.cache import DiskCache, Key, layer_key
 from sparsify_compiler.runtime.tuning.candidates import Budget
@@ -153,8 +153,7 @@ def conv_inputs(module: nn.Module, names: Collection[str], batch: Batch) -> dict
         def note(conv: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = inputs[0] if inputs else named["input"]
             x = given if given.dim() == 4 else given.unsqueeze(0)
-            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-            found[name] = ConvInput((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), last)
+            found[name] = ConvInput((x.shape[0], x.shape[1], x.shape[2], x.shape[3]), is_channels_last(x))
 
         return note
 

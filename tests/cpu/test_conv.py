@@ -159,6 +159,14 @@ def test_a_convolution_moved_where_its_kernel_cannot_run_runs_densely_and_says_s
     assert "running=dense" in repr(sparse)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "torch_csr"])
+def test_a_convolution_runs_under_vmap(kernel: str) -> None:
+    sparse, dense = pair(CASES["3x3"])
+    layer = SparseConv2d([part.packed for part in sparse.parts], sparse.geometry, dense.bias, kernel)
+    x = torch.stack([images(), 2 * images()])
+    assert_equal(torch.vmap(layer)(x), torch.vmap(dense)(x))
+
+
 def test_an_activation_is_applied_once() -> None:
     sparse, dense = pair(CASES["3x3"])
     packed = [part.packed for part in sparse.parts]
@@ -169,8 +177,17 @@ def test_an_activation_is_applied_once() -> None:
 
 def test_what_does_not_fit_is_refused_in_words() -> None:
     sparse, _ = pair(CASES["3x3"])
-    with pytest.raises(KernelError, match=r"needs x of \(images, 8, height, width\); found \(2, 7, 9, 9\)"):
-        sparse(torch.randn(2, 7, 9, 9))
+    with pytest.raises(
+        KernelError, match=r"x of \(images, 8, height, width\) torch.float64 on cpu; found \(2, 7, 9, 9\)"
+    ):
+        sparse(torch.randn(2, 7, 9, 9).double())
+    for kernel in ("dense", "torch_csr"):
+        layer = SparseConv2d([part.packed for part in sparse.parts], sparse.geometry, None, kernel)
+        for wrong in (images().half(), images().int(), images().to("meta")):
+            with pytest.raises(KernelError, match=f"found .*{wrong.dtype} on {wrong.device}; convert x"):
+                layer(wrong)
+        with pytest.raises(KernelError, match="SparseConv2d has no data yet"):
+            layer.to("meta")(images().to("meta"))
     valid, _ = pair(CASES["3x3 valid"])
     with pytest.raises(KernelError, match="input of 2x9 is too small"):
         valid(torch.randn(1, 8, 2, 9, dtype=torch.float64))
