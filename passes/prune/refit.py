@@ -6,7 +6,6 @@ from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.passes.prune.algebra import (
-    FIRST_RIDGE,
     MaskedLeastSquares,
     MaskedSolution,
     chunk_rows,
@@ -32,7 +31,8 @@ NOISE = 1e-6
 def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     """Return `solution` with its kept weights re-solved: min ‖X_dense Wᵀ − X Ŵᵀ‖² on the same mask, row by row.
 
-    Without `problem.targets`, X_dense = X. A row is replaced only where its loss falls, so the result is never worse.
+    Without `problem.targets`, X_dense = X. A row is replaced only where its loss falls by more than the Gram matrix's
+    rounding could feign, so the result is never worse.
     Conjugate gradients in general; a Cholesky factor a row for up to 128 inputs, and for rows that after 150 iterations
     neither reached a relative gradient of 1e-6 nor stopped gaining, which `notes` then says; not with fewer tokens than
     inputs, where many weights are optimal. Without a Gram matrix the solution comes back unchanged, with a note.
@@ -62,10 +62,13 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
             f"refit: {problem.gram.tokens} tokens for {problem.weight.shape[1]} inputs leave the weights undetermined; "
             "more calibration data gives a better model"
         )
-    if solved.ridge > (NOISE if solved.iterations else FIRST_RIDGE):
+    if solved.ridge > NOISE:
         notes.append(f"refit: the Gram matrix is singular on the kept columns: ridge raised to {solved.ridge:g}")
     if kept_rows:
-        notes.append(f"refit: {kept_rows} of {len(weight)} rows were already optimal to rounding and stay as selected")
+        notes.append(
+            f"refit: {kept_rows} of {len(weight)} rows stay as selected: what a re-solve would gain is within the "
+            "rounding of the Gram matrix"
+        )
     stats = {
         **solution.stats,
         "iterations": float(solved.iterations),
@@ -86,7 +89,7 @@ def _solve(problem: MaskedLeastSquares, determined: bool) -> tuple[MaskedSolutio
     """Return the solution and how many rows a Cholesky factor solved; beyond `SMALL` none where not `determined`."""
     rows, in_ = problem.keep.shape
     if in_ <= SMALL:
-        return solve_masked_exactly(problem), rows
+        return solve_masked_exactly(problem, ridge=NOISE), rows
     solved = solve_masked_cg(problem, TOLERANCE, settled=SETTLED)
     left = ((solved.relative_gradient > TOLERANCE) & (solved.last_gain > SETTLED)).nonzero()[:, 0]
     if not len(left) or not determined:
@@ -105,19 +108,23 @@ def _solve(problem: MaskedLeastSquares, determined: bool) -> tuple[MaskedSolutio
 
 
 def _better_rows(problem: MaskedLeastSquares, solved: MaskedSolution) -> tuple[Tensor, int]:
-    """Round to float32 and take back the rows whose loss did not fall: the weight, and how many those are.
+    """Round to float32 and take back the rows whose loss did not surely fall: the weight, and how many those are.
 
-    For d = new − start the loss changes by −dᵀ(r_start + r_new), r = b − Gŵ: no difference of large numbers.
+    For d = new − start the loss changes by −dᵀ(r_start + r_new), r = b − Gŵ: no difference of large numbers. Entries of
+    G are right to NOISE √(Gᵢᵢ Gⱼⱼ), so the change is known to NOISE (Σ |dᵢ| √Gᵢᵢ)². A row that gains no more than that
+    fits rounding: where inputs hardly differ, it would do so by weights of any size.
     """
     weight = solved.weight.float().masked_fill_(~problem.keep, 0.0)
     chunk = chunk_rows(weight.shape[1])
+    size = problem.gram.diagonal().clamp_min(0).sqrt()  # (in,)
     taken_back = 0
     for first in range(0, len(weight), chunk):
         rows = slice(first, first + chunk)
         start, new = problem.start[rows].double(), weight[rows].double()
         part = problem.rows(rows)
         change = -((new - start) * (part.gradient(start) + part.gradient(new))).sum(dim=1)
-        worse = ~(change < 0)
+        doubt = NOISE * ((new - start).abs() @ size).square()
+        worse = ~(change < -doubt)
         taken_back += int(worse.sum())
         weight[rows][worse] = problem.start[rows][worse]
     return weight, taken_back
