@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -166,3 +167,35 @@ class LazyBatches(Sequence[Batch]):
         if isinstance(chosen, range):
             return LazyBatches(len(chosen), lambda position: self.make(chosen[position]))
         return self.make(chosen)
+
+
+@dataclass(frozen=True)
+class RoundBatches(Sequence[Batch]):
+    """Calibration batches that the caller divided among rounds of pruning: `sets[t - 1]` are those of round t.
+
+    As a sequence it holds the batches of all sets in order.
+    """
+
+    sets: tuple[Sequence[Batch], ...]
+
+    def numbers(self) -> list[list[int]]:
+        """Return for every set the positions of its batches in the whole sequence."""
+        starts = list(accumulate((len(part) for part in self.sets), initial=0))
+        return [list(range(start, start + len(part))) for start, part in zip(starts, self.sets, strict=False)]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.sets)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyBatches: ...
+    def __getitem__(self, index: int | slice) -> Batch | LazyBatches:
+        if isinstance(index, slice):
+            return LazyBatches(len(self), self.__getitem__)[index]
+        position = range(len(self))[index]
+        for part in self.sets:
+            if position < len(part):
+                return part[position]
+            position -= len(part)
+        raise AssertionError("a position inside the length lies in a set")

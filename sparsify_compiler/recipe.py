@@ -6,6 +6,7 @@
     method = "sparsegpt"
     options = { damp = 0.01 }
 
+A line `rounds = 3` above the rules prunes the network three times and keeps the round that is best on held-out data.
 The first rule that matches a site decides. A rule whose `sites` is the name of a site names it outright, and then also
 prunes a site that is dense by default (an output head). A name that holds wildcards of its own, such as blocks[0], is
 first read letter by letter.
@@ -59,12 +60,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order of precedence, and globs of sites that stay dense whatever the rules say."""
+    """Rules in order of precedence, and globs of sites that stay dense whatever the rules say.
+
+    The whole network is pruned `rounds` times (at least 1) and the best round on held-out data stays; see
+    `passes.prune.rounds`.
+    """
 
     rules: tuple[Rule, ...]
     keep_dense: tuple[str, ...] = ()
+    rounds: int = 1
 
     def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise RecipeError(f"the recipe: rounds is {self.rounds}, the number of times to prune: at least 1")
         if not self.rules:
             raise RecipeError("the recipe has no rule; add a [[rule]] with sites, pattern and method")
 
@@ -103,19 +111,25 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"the recipe is not TOML: {error}") from None
-    _known(table, {"rule", "keep_dense"}, "the recipe")
+    _known(table, {"rule", "keep_dense", "rounds"}, "the recipe")
     rules = table.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise RecipeError("the recipe: write each rule as a table [[rule]]")
     keep_dense = table.get("keep_dense", [])
     if not isinstance(keep_dense, list) or not all(isinstance(glob, str) for glob in keep_dense):
         raise RecipeError(f"the recipe: keep_dense must be a list of globs, found {keep_dense!r}")
-    return Recipe(tuple(_parse_rule(rule, number, methods) for number, rule in enumerate(rules, 1)), tuple(keep_dense))
+    rounds = table.get("rounds", 1)
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise RecipeError(f"the recipe: rounds must be a whole number, found {rounds!r}")
+    parsed = tuple(_parse_rule(rule, number, methods) for number, rule in enumerate(rules, 1))
+    return Recipe(parsed, tuple(keep_dense), rounds)
 
 
 def format_recipe(recipe: Recipe) -> str:
     """Write a recipe as TOML; `parse_recipe` is the inverse."""
     lines = [f"keep_dense = {_toml(list(recipe.keep_dense))}"] if recipe.keep_dense else []
+    if recipe.rounds != 1:
+        lines.append(f"rounds = {recipe.rounds}")
     for rule in recipe.rules:
         lines += ["", "[[rule]]", f"sites = {_toml(rule.sites)}", f"pattern = {_toml(str(rule.pattern))}"]
         if rule.pattern.fixed_sparsity() is None:

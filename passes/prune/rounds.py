@@ -26,8 +26,8 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwis
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.progress import Progress, silent
 
-Measure = Callable[[], float]
-"""The held-out loss of the graph as it is now; lower is better."""
+Measure = Callable[[Mapping[str, Tensor]], float]
+"""The held-out loss of the graph as it is now, lower is better; given the dense weights (groups, out, in) by site."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def prune_in_rounds(
             dense_weights=state.dense if number > 1 else None,
         )
         outcomes = prune_layerwise(walk)
-        state.add(len(sets), len(walk.batches), outcomes, measure())
+        state.add(len(sets), len(walk.batches), outcomes, measure(state.dense))
         if number < count and state.settled():
             notes.append(
                 f"rounds: round {number} of {count} left every weight as it was, on the same batches and through the "

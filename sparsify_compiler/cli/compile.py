@@ -33,6 +33,8 @@ def compile_verb(
     sparsity: opt.Sparsity = None,
     keep_dense: opt.KeepDense = None,
     no_refit: opt.NoRefit = False,
+    rounds: opt.Rounds = None,
+    share_batches: opt.ShareBatches = False,
     dtype: opt.DtypeOption = "float32",
     device: opt.Device = "auto",
     tokens: opt.Tokens = "1,16,2048",
@@ -55,7 +57,8 @@ def compile_verb(
     """Prune MODEL, check it, and write OUT/: model.onnx, model.safetensors, report.html and report.json."""
     with guard(debug, RESUME):
         Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
-        chosen = RecipeChoice(recipe, method, pattern, sparsity, tuple(keep_dense or ()), refit=not no_refit).recipe()
+        dense = tuple(keep_dense or ())
+        chosen = RecipeChoice(recipe, method, pattern, sparsity, dense, refit=not no_refit, rounds=rounds).recipe()
         options = Options(
             output=output,
             dtype=dtype,
@@ -70,6 +73,7 @@ def compile_verb(
             kv_cache=kv_cache,
             cache=None if no_cache else default_folder(),
             dense_copy=dense_copy,
+            share_batches=share_batches,
         )
         choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
         request = CompileRequest(model, chosen, options, calibration, heldout, choice, trust)

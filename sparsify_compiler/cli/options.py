@@ -59,6 +59,13 @@ KeepDense = Annotated[
     list[str] | None,
     typer.Option(help="A glob of sites to leave dense; may be given several times.", show_default=False),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(min=1, help="Prune so many times and keep the best round on held-out data.", show_default="1"),
+]
+ShareBatches = Annotated[
+    bool, typer.Option("--share-batches", help="Give every round all calibration batches, not a part of its own.")
+]
 NoRefit = Annotated[bool, typer.Option("--no-refit", help="Do not re-solve the kept weights on the final mask.")]
 
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="The compiled model's floating-point type.")]

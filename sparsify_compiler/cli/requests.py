@@ -98,6 +98,7 @@ class RecipeChoice:
     sparsity: float | None = None
     keep_dense: tuple[str, ...] = ()
     refit: bool = True
+    rounds: int | None = None
 
     def recipe(self) -> Recipe:
         """Read the file, or build the one rule: sparsegpt and 2:4 where nothing else was said.
@@ -111,13 +112,14 @@ class RecipeChoice:
         if name not in METHODS:
             raise RecipeError(f"--method {name!r}: unknown; choose one of {', '.join(sorted(METHODS))}")
         rule = make_rule("*", parse_pattern(self.pattern or "2:4"), METHODS[name](), self.sparsity, self.refit)
-        return Recipe((rule,), self.keep_dense)
+        return Recipe((rule,), self.keep_dense, self.rounds or 1)
 
     def _from_file(self, file: Path) -> Recipe:
         given = {
             "--method": self.method,
             "--pattern": self.pattern,
             "--sparsity": self.sparsity,
+            "--rounds": self.rounds,
             "--no-refit": None if self.refit else True,
         }
         if clash := [option for option, value in given.items() if value is not None]:

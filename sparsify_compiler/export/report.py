@@ -57,6 +57,28 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class RoundReport:
+    """One round of pruning the whole network. Optional figures are None where they could not be had (a first round).
+
+    `batches` says in words what it was calibrated on; `error` is the sum of the sites' relative errors there;
+    `heldout` is the held-out loss `measure` (lower is better) on `data`; `changed` is the share of mask entries and
+    `moved` the number of sites that differ from the round before; `differed` names what its problems had anew. The
+    model has the weights of the one that is `chosen`.
+    """
+
+    number: int
+    batches: str
+    error: float | None
+    measure: str
+    heldout: float
+    data: str
+    changed: float | None
+    moved: int | None
+    differed: tuple[str, ...]
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class FileReport:
     """One written file: its name in the output folder, its size, the size the dense one would have."""
 
@@ -81,7 +103,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `compile` did. `notes` are sentences a reader must not miss: fallbacks, generated inputs, no cache."""
+    """Everything `compile` did. `notes` are sentences a reader must not miss: fallbacks, generated inputs, no cache.
+
+    `rounds` is empty where the network was pruned once.
+    """
 
     model: str
     command: str
@@ -96,6 +121,7 @@ class Report:
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
     version: int = 1
+    rounds: tuple[RoundReport, ...] = ()
 
     def to_json(self) -> str:
         """Write the report as JSON; `report_from_json` is the inverse."""
@@ -110,6 +136,7 @@ def report_from_json(text: str) -> Report:
     table["files"] = tuple(FileReport(**file) for file in table["files"])
     table["verification"] = Verification(**table["verification"]) if table["verification"] else None
     table["notes"] = tuple(table["notes"])
+    table["rounds"] = tuple(_round(each) for each in table.get("rounds", ()))  # files from before rounds have none
     return Report(**table)
 
 
@@ -118,3 +145,7 @@ def _site(table: dict[str, Any]) -> SiteReport:
     table["shape"] = tuple(table["shape"])
     table["notes"] = tuple(table["notes"])
     return SiteReport(**table)
+
+
+def _round(table: dict[str, Any]) -> RoundReport:
+    return RoundReport(**{**table, "differed": tuple(table["differed"])})

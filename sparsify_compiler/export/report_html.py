@@ -7,6 +7,7 @@ from sparsify_compiler.errors import ExportError
 from sparsify_compiler.export.page import page_template
 from sparsify_compiler.export.report import FileReport, Report
 from sparsify_compiler.export.report_charts import error_charts, speed_charts
+from sparsify_compiler.export.report_rounds import anew, missing, share
 from sparsify_compiler.export.report_rows import (
     best_timings,
     eligible_kernels,
@@ -39,6 +40,9 @@ def report_html(report: Report) -> str:
         tokens=sorted({timing.tokens for site in report.sites for timing in site.timings}),
         counts={status: sum(s.status == status for s in report.sites) for status in ("pruned", "dense", "refused")},
         error_charts=error_charts(report),
+        share=share,
+        missing=missing,
+        anew=anew,
         speed_charts=speed_charts(report),
         highest_error=max((site.relative_error or 0.0 for site in report.sites), default=0.0) or 1.0,
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify_compiler.export.report import Report, SiteReport, Verification
+from sparsify_compiler.export.report_rounds import rounds_table
 from sparsify_compiler.export.report_rows import (
     Row,
     best_timings,
@@ -44,7 +45,8 @@ NAMED = 3
 
 def render_report(report: Report, width: int) -> RenderableType:
     """Return the report as a rich renderable for a terminal of `width` columns."""
-    parts: list[RenderableType] = [_header(report), *_pruned(report, width), *_left_dense(report, width)]
+    parts: list[RenderableType] = [_header(report), *rounds_table(report, width), *_pruned(report, width)]
+    parts += _left_dense(report, width)
     parts += [*_speed(report, width), *_verdicts(report), *_refused_kernels(report), *_notes(report)]
     return Group(*parts)
 

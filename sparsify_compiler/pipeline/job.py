@@ -19,12 +19,14 @@ from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.checkpoint import Checkpoint, digest
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import Forward
-from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
+from sparsify_compiler.export.report import FileReport, Quality, Report, RoundReport, SiteReport, Verification
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
+from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.quality import Heldout, measure
+from sparsify_compiler.pipeline.rounds import divide_batches, heldout_loss, round_notes, round_reports
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import Needs
@@ -61,6 +63,7 @@ class Job:
     workspace: Workspace | None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    rounds: tuple[RoundReport, ...] = ()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -84,15 +87,14 @@ class Job:
                 f"method {needing[0]!r} needs calibration data and none was given; give data, or choose magnitude"
             )
         data: Sequence[Batch] = () if self.generated else self.batches
-        checkpoint = None
-        if self.workspace is not None:
-            fingerprint = self._fingerprint(graph, decisions, data)
-            checkpoint = Checkpoint(self.workspace.segments, fingerprint, self.options.resume)
-        walk = Walk(graph, data, decisions, checkpoint, self.progress)
-        with self.stage("prune"):
-            self._say_memory(walk)
-            outcomes = prune_layerwise(walk)
-        for name in walk.starved:
+        if self.recipe.rounds > 1:
+            outcomes, starved = self._prune_in_rounds(graph, decisions)
+        else:
+            walk = Walk(graph, data, decisions, self._checkpoint(graph, decisions, data), self.progress)
+            with self.stage("prune"):
+                self._say_memory(walk)
+                outcomes, starved = prune_layerwise(walk), walk.starved
+        for name in starved:
             self.notes.append(f"{name}: no token of the calibration data reached it; it stays dense")
         if not outcomes:
             raise ModelError("nothing was pruned: no chosen site saw a token of the calibration data; nothing written")
@@ -102,6 +104,26 @@ class Job:
                 "generated inputs, which say little of the model's quality on real data"
             )
         return decisions, outcomes
+
+    def _prune_in_rounds(
+        self, graph: Graph, decisions: Sequence[Decision]
+    ) -> tuple[dict[str, SiteOutcome], Sequence[str]]:
+        """Prune as often as the recipe says; return the best round's outcomes, and the sites that no token reached."""
+        count = self.recipe.rounds
+        if self.generated:
+            raise DataError(f"{count} rounds need calibration data and none was given; give data, or prune once")
+        data = divide_batches(self.batches, self.heldout, count, self.options.share_batches)
+        checkpoint = self._checkpoint(graph, decisions, self.batches, data.split)
+        with self.stage("prune"):
+            largest = max(data.sets, key=len)
+            self._say_memory(Walk(graph, largest, decisions, dense_targets=True))
+            name, measure_round = heldout_loss(graph, data.heldout, self.progress)
+            rounds = prune_in_rounds(graph, data.sets, decisions, count, measure_round, checkpoint, self.progress)
+        copies = 8 * sum(d.site.groups * d.site.out * d.site.in_ for d in decisions if d.rule is not None)
+        self.notes.append(f"rounds: {size(copies)} more held the dense weights and the best round's")
+        self.rounds = round_reports(rounds, data, name)
+        self.notes.extend(round_notes(rounds, data, self.heldout is not None))
+        return dict(rounds.sites), rounds.starved
 
     def _say_memory(self, walk: Walk) -> None:
         """Say before pruning what the walk will hold beside the model."""
@@ -143,13 +165,24 @@ class Job:
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             peak_memory_bytes=peak_memory_bytes(),
             notes=tuple(dict.fromkeys(self.notes)),
+            rounds=self.rounds,
         )
 
-    def _fingerprint(self, graph: Graph, decisions: Sequence[Decision], data: Sequence[Batch]) -> str:
+    def _checkpoint(
+        self,
+        graph: Graph,
+        decisions: Sequence[Decision],
+        data: Sequence[Batch],
+        split: tuple[tuple[int, ...], ...] = (),
+    ) -> Checkpoint | None:
+        """Open the checkpoint of a run that writes files; `split` is how rounds divide the batches."""
+        if self.workspace is None:
+            return None
         tensors = (tensor for batch in data for _, tensor in named_tensors(batch))
         names = [(d.site.name, d.site.segment, d.rule is not None) for d in decisions]
         where = environment(self.options.torch_device())  # other libraries or threads may round in another order
-        return digest(chain((where, format_recipe(self.recipe), names), graph.contents(), tensors))
+        parts = chain((where, format_recipe(self.recipe), names, split), graph.contents(), tensors)
+        return Checkpoint(self.workspace.segments, digest(parts), self.options.resume)
 
 
 def environment(device: torch.device) -> dict[str, str]:

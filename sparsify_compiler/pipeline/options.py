@@ -21,6 +21,7 @@ class Options:
     measured. `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs.
     `require_sparse` turns every pruned site that stays on a dense kernel into an error. `cache` is the folder that
     keeps what was measured for later runs on the same machine and versions (None: measure everything anew).
+    `share_batches` gives every round of a recipe with several all calibration batches, not a part of its own each.
     `dense_copy` lets a layer keep its dense weight beside the sparse one, for the token counts at which dense wins.
     """
 
@@ -38,6 +39,7 @@ class Options:
     recalibrate_batchnorm: bool = True
     cache: Path | None = field(default_factory=default_folder)
     dense_copy: bool = False
+    share_batches: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,6 +1,6 @@
 """Rounds of pruning over a network: the first is one-shot, the rest see new inputs, the best on held-out data stays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sparsify_compiler.checkpoint import Checkpoint
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
-from sparsify_compiler.passes.prune.rounds import Rounds, prune_in_rounds
+from sparsify_compiler.passes.prune.rounds import Measure, Rounds, prune_in_rounds
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.pattern import Unstructured
 from sparsify_compiler.plan import Decision, decide
@@ -32,10 +32,10 @@ def graph_of(
     return graph, decide(Recipe((rule,)), graph.sites)
 
 
-def counted(*losses: float) -> Callable[[], float]:
+def counted(*losses: float) -> Measure:
     """A held-out measure that says what it was told to, round after round."""
     left = list(losses)
-    return lambda: left.pop(0)
+    return lambda dense: left.pop(0)
 
 
 def weights_of(graph: TorchGraph) -> dict[str, Tensor]:
