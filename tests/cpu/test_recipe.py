@@ -73,7 +73,7 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
     [
         ("[[rule", "the recipe is not TOML: "),
         ("", r"the recipe has no rule; add a \[\[rule\]\]"),
-        ("rules = 1", r"the recipe: unknown key 'rules'; known: keep_dense, rule"),
+        ("rules = 1", r"the recipe: unknown key 'rules'; known: keep_dense, rounds, rule"),
         ("rule = 3", r"the recipe: write each rule as a table \[\[rule\]\]"),
         ("rule = [3]", r"the recipe: write each rule as a table \[\[rule\]\]"),
         ('keep_dense = "x"\n' + RULE, "keep_dense must be a list of globs, found 'x'"),
