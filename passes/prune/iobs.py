@@ -8,7 +8,7 @@ Leveraging Second-Order Information" (arXiv 2408.17163), Alg. 1, for min f(θ) o
     θ  = argmin ‖θ − θ⁺‖_H on Q              option 2, or θ⁺ cut to Q (Topk-I-OBS, option 1)
 
     >>> problem = Quadratic.least_squares(x, y)                      # x (problems, n, d), y (problems, n)
-    >>> minimise(problem, IOBS(GreedyOBS()), torch.zeros(1, 128), kept=16).weight
+    >>> minimise(problem, IOBSStep(GreedyOBS()), torch.zeros(1, 128), kept=16).weight
 
 Departures: the projection is solved with H_QQ, not by I − H⁻¹Hˢ, which squares the condition number; the paper's
 Lemma 7 bounds ‖H⁻¹Hˢ‖₂ by 1, but that projection is oblique, and only its H-norm is.
@@ -55,7 +55,7 @@ class Update(Protocol):
 
 
 @dataclass(frozen=True)
-class IOBS:
+class IOBSStep:
     """The step of Alg. 1. `compensate` False is option 1 (with `TopK`, Topk-I-OBS).
 
     `step` is η in (0, 1], `damp` in [0, 1] a ridge on H as a share of its mean diagonal; a curvature that is not

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.passes.prune.hard_thresholding import IHT
-from sparsify_compiler.passes.prune.iobs import IOBS, Stop, Update, minimise
+from sparsify_compiler.passes.prune.iobs import IOBSStep, Stop, Update, minimise
 from sparsify_compiler.passes.prune.smooth import Quadratic
 from sparsify_compiler.passes.prune.sparse_recovery_result import Curve, Prior, RecoveryResult, Scale, quartiles
 from sparsify_compiler.passes.prune.supports import TopK
@@ -120,10 +120,10 @@ def sparse_recovery(
         drawn = mnist_prior(images, runs, seed, device)
     steps = steps or ((750 if prior == "gaussian" else 4000) if scale == "paper" else 100)
     share = 2 / drawn.rows if scale == "paper" else 1.0
-    methods: list[tuple[str, Update]] = [("Topk-I-OBS", IOBS(TopK(), compensate=False, step=share))]
+    methods: list[tuple[str, Update]] = [("Topk-I-OBS", IOBSStep(TopK(), compensate=False, step=share))]
     methods.append(("k-IHT", IHT(step=share)))
     if scale == "correct":
-        methods.append(("I-OBS", IOBS(TopK())))
+        methods.append(("I-OBS", IOBSStep(TopK())))
     curves = []
     for number, (name, update) in enumerate(methods):
         start = drawn.starts[min(number, 1)]

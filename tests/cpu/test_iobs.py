@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsify_compiler.errors import CalibrationError, DataError, SingularGramError
 from sparsify_compiler.passes.prune.curvature import DenseCurvature, ProductCurvature
 from sparsify_compiler.passes.prune.hard_thresholding import IHT, StochasticIOBS
-from sparsify_compiler.passes.prune.iobs import IOBS, Stop, minimise, top_k
+from sparsify_compiler.passes.prune.iobs import IOBSStep, Stop, minimise, top_k
 from sparsify_compiler.passes.prune.iobs_bounds import Constants, constants_along, hard_thresholding_ratio
 from sparsify_compiler.passes.prune.smooth import Differentiable, Quadratic
 from sparsify_compiler.passes.prune.support_search import GreedyOBS, SwapSearch
@@ -59,7 +59,7 @@ def bowl(count: int, d: int, nonzero: int, seed: int = 0) -> Bowl:
 
 def test_with_every_support_tried_a_step_is_the_best_least_squares_of_all_supports() -> None:
     problem, x, y = regression(200, 14, 7)
-    solution = minimise(problem, IOBS(Exhaustive()), randn(200, 7, seed=9), kept=3)
+    solution = minimise(problem, IOBSStep(Exhaustive()), randn(200, 7, seed=9), kept=3)
     for i in range(200):
         least, best, value = np.inf, (), np.zeros(3)
         for support in combinations(range(7), 3):
@@ -78,7 +78,7 @@ def test_with_every_support_tried_a_step_is_the_best_least_squares_of_all_suppor
 def test_a_step_is_the_papers_option_2_written_with_explicit_inverses(d: int, kept: int) -> None:
     problem, *_ = regression(4, 2 * d, d, seed=d)
     start = randn(4, d, seed=5)
-    solution = minimise(problem, IOBS(Exhaustive(), step=0.7), start, kept, Stop(1))
+    solution = minimise(problem, IOBSStep(Exhaustive(), step=0.7), start, kept, Stop(1))
     for i in range(4):
         matrix = problem.matrix[i].numpy()
         inverse = np.linalg.inv(matrix)
@@ -136,7 +136,7 @@ def test_no_step_leaves_more_than_the_theorems_allow(
     selector: TopK | Exhaustive | SwapSearch, compensate: bool, damp: float, step: float
 ) -> None:
     loss = bowl(30, 9, 3)
-    method = IOBS(selector, compensate, step, damp)
+    method = IOBSStep(selector, compensate, step, damp)
     start = loss.center + 0.2 * randn(30, 9, seed=2)
     assert float((start - loss.center).norm(dim=1).max()) <= 1.2
     constants = loss.constants(1.2)
@@ -157,7 +157,7 @@ def test_no_step_leaves_more_than_the_theorems_allow(
 def test_on_a_smooth_loss_the_distance_falls_quadratically() -> None:
     loss = bowl(20, 12, 4)
     solution = minimise(
-        Differentiable(loss), IOBS(TopK(), compensate=False), loss.center + 0.1, 4, reference=loss.center
+        Differentiable(loss), IOBSStep(TopK(), compensate=False), loss.center + 0.1, 4, reference=loss.center
     )
     assert solution.trace.distance is not None
     assert float(solution.trace.distance[-1].max()) <= 1e-14
@@ -168,7 +168,7 @@ def test_on_a_smooth_loss_the_distance_falls_quadratically() -> None:
 def test_a_greedy_selector_has_no_theorem_and_is_given_no_bound() -> None:
     loss = bowl(2, 6, 2)
     solution = minimise(
-        Differentiable(loss), IOBS(GreedyOBS()), loss.center, 3, Stop(2), loss.center, loss.constants(1)
+        Differentiable(loss), IOBSStep(GreedyOBS()), loss.center, 3, Stop(2), loss.center, loss.constants(1)
     )
     assert solution.trace.bound is None
 
@@ -180,7 +180,7 @@ def test_on_a_quadratic_the_bound_is_zero_after_a_full_step_and_the_printed_one_
     constants = constants_along(problem, [sparse + 1], sparse)
     assert constants.lipschitz.tolist() == [0.0] * 3
     assert constants.sparsity.tolist() == [2] * 3
-    solution = minimise(problem, IOBS(), sparse + 1, 3, reference=sparse, constants=constants)
+    solution = minimise(problem, IOBSStep(), sparse + 1, 3, reference=sparse, constants=constants)
     assert solution.trace.bound is not None
     assert solution.trace.distance is not None
     assert not solution.trace.bound.tight[1:].any()
@@ -200,9 +200,9 @@ def test_estimated_constants_lie_inside_those_that_hold() -> None:
 def test_a_full_step_on_a_fixed_quadratic_forgets_where_it_started() -> None:
     # The fixed-point trap: rounds on the same layer quadratic return the same answer each time.
     problem, *_ = regression(5, 20, 8)
-    first = minimise(problem, IOBS(GreedyOBS()), torch.zeros(5, 8), 4, Stop(1))
+    first = minimise(problem, IOBSStep(GreedyOBS()), torch.zeros(5, 8), 4, Stop(1))
     for start in (first.weight, randn(5, 8, seed=7), 100 * randn(5, 8, seed=8)):
-        again = minimise(problem, IOBS(GreedyOBS()), start, 4, Stop(1))
+        again = minimise(problem, IOBSStep(GreedyOBS()), start, 4, Stop(1))
         assert torch.equal(again.keep, first.keep)
         assert float((again.weight - first.weight).abs().max()) <= 1e-10  # 1e-15 · 100 · a condition number of 1e2
 
@@ -212,7 +212,7 @@ def test_a_full_step_on_a_fixed_quadratic_forgets_where_it_started() -> None:
 def test_products_give_the_same_steps_as_the_matrix(compensate: bool, damp: float) -> None:
     loss = bowl(6, 10, 3)
     start = loss.center + 0.3 * randn(6, 10, seed=3)
-    method = IOBS(TopK(), compensate, damp=damp)
+    method = IOBSStep(TopK(), compensate, damp=damp)
     with_matrix = minimise(Differentiable(loss), method, start, 5, Stop(4, None))
     with_products = minimise(Differentiable(loss, "products"), method, start, 5, Stop(4, None))
     # Conjugate gradients end at 1e-10; the mean diagonal that damping is a share of is estimated to some percent.
@@ -232,7 +232,7 @@ def test_one_hessian_for_all_rows_is_the_same_as_one_each() -> None:
     matrix = regression(1, 30, 8)[0].matrix[0]
     center = randn(12, 8)
     kept = torch.arange(12) % 8 + 1
-    for method in (IOBS(GreedyOBS()), IOBS(SwapSearch()), IOBS(TopK(), compensate=False, damp=0.1), IHT()):
+    for method in (IOBSStep(GreedyOBS()), IOBSStep(SwapSearch()), IOBSStep(TopK(), compensate=False, damp=0.1), IHT()):
         shared = minimise(Quadratic(matrix, center), method, torch.zeros(12, 8), kept, Stop(3, None))
         own = minimise(Quadratic(matrix.expand(12, -1, -1), center), method, torch.zeros(12, 8), kept, Stop(3, None))
         assert torch.equal(shared.keep, own.keep)
@@ -242,8 +242,8 @@ def test_one_hessian_for_all_rows_is_the_same_as_one_each() -> None:
 
 def test_a_row_that_settled_waits_unchanged_for_the_others() -> None:
     problem, *_ = regression(2, 12, 6)
-    start = torch.stack([minimise(problem, IOBS(), torch.zeros(2, 6), 3).weight[0], randn(6, seed=4)])
-    damped = IOBS(step=0.3)
+    start = torch.stack([minimise(problem, IOBSStep(), torch.zeros(2, 6), 3).weight[0], randn(6, seed=4)])
+    damped = IOBSStep(step=0.3)
     both = minimise(problem, damped, start, 3, Stop(200, 1e-10))
     alone = minimise(Quadratic(problem.matrix[:1], problem.center[:1]), damped, start[:1], 3, Stop(200, 1e-10))
     assert both.settled.all()
@@ -257,7 +257,7 @@ def test_a_row_that_settled_waits_unchanged_for_the_others() -> None:
 def test_the_trace_counts_what_entered_and_left() -> None:
     problem = Quadratic(torch.eye(4).double(), torch.tensor([[3.0, 2.0, 1.0, 0.0]]).double())
     start = torch.tensor([[0.0, 0.0, 5.0, 5.0]])
-    trace = minimise(problem, IOBS(), start, 2).trace
+    trace = minimise(problem, IOBSStep(), start, 2).trace
     assert trace.changed[:, 0].tolist() == [0, 4, 0]
     assert trace.loss[:, 0].tolist() == [27.0, 0.5, 0.5]  # (9 + 4 + 16 + 25) / 2, then 1² / 2
     assert trace.moved[1:, 0].tolist() == [pytest.approx((63 / 13) ** 0.5), 0.0]  # 3² + 2² + 5² + 5² over 3² + 2²
@@ -265,12 +265,14 @@ def test_the_trace_counts_what_entered_and_left() -> None:
 
 def test_an_indefinite_hessian_is_damped_in_steps_that_are_told_and_refused_past_the_last() -> None:
     matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05])).double()
-    solution = minimise(Quadratic(matrix, torch.zeros(1, 4).double()), IOBS(damp=0.01), torch.ones(1, 4), 2, Stop(1))
+    solution = minimise(
+        Quadratic(matrix, torch.zeros(1, 4).double()), IOBSStep(damp=0.01), torch.ones(1, 4), 2, Stop(1)
+    )
     assert solution.notes == ("the curvature is indefinite at damp 0.01: raised to 0.1",)
-    undamped = minimise(Quadratic(matrix, torch.zeros(1, 4).double()), IOBS(), torch.ones(1, 4), 2, Stop(1))
+    undamped = minimise(Quadratic(matrix, torch.zeros(1, 4).double()), IOBSStep(), torch.ones(1, 4), 2, Stop(1))
     assert len(undamped.notes) == 8  # to 1e-8, then tenfold up to 0.1
     with pytest.raises(SingularGramError, match=r"every damping from 0\.01 to 1; give more data"):
-        minimise(Quadratic(-matrix, torch.zeros(1, 4).double()), IOBS(damp=0.01), torch.ones(1, 4), 2)
+        minimise(Quadratic(-matrix, torch.zeros(1, 4).double()), IOBSStep(damp=0.01), torch.ones(1, 4), 2)
     with pytest.raises(SingularGramError, match="not positive along a search direction; raise damp"):
         ProductCurvature.of(lambda v: v @ matrix, torch.ones(1, 4).double()).solve(torch.ones(1, 4).double())
 
@@ -328,13 +330,13 @@ def test_stochastic_steps_recover_a_sparse_vector() -> None:
 @pytest.mark.parametrize("kept", [-1, 7, torch.tensor([1, 9])])
 def test_impossible_counts_are_refused(kept: int | Tensor) -> None:
     with pytest.raises(ValueError, match="must lie in 0"):
-        minimise(Quadratic(torch.eye(6).double(), torch.ones(2, 6).double()), IOBS(), torch.zeros(2, 6), kept)
+        minimise(Quadratic(torch.eye(6).double(), torch.ones(2, 6).double()), IOBSStep(), torch.zeros(2, 6), kept)
 
 
 @pytest.mark.parametrize("options", [{"step": 0.0}, {"step": 1.5}, {"damp": -0.1}, {"damp": 2.0}])
 def test_impossible_options_of_the_step_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must lie in"):
-        IOBS(**options)  # type: ignore[arg-type]
+        IOBSStep(**options)  # type: ignore[arg-type]
 
 
 def test_impossible_options_of_the_baselines_are_refused() -> None:
@@ -351,7 +353,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step() -> None:
         minimise(bad, IHT(smoothness=1.0), -torch.ones(1, 3), 2)
     broken = Quadratic(torch.full((2, 2), float("nan")).double(), torch.zeros(1, 2).double())
     with pytest.raises(CalibrationError, match="not finite"):
-        minimise(broken, IOBS(), torch.ones(1, 2), 1)
+        minimise(broken, IOBSStep(), torch.ones(1, 2), 1)
 
 
 def test_a_singular_regression_has_no_centre() -> None:
