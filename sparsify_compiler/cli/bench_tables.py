@@ -33,7 +33,7 @@ def draw_bench(report: BenchReport, width: int) -> RenderableType:
     for layer in report.layers:
         parts += _layer(layer, width)
     if report.layers:
-        parts.append(small(Text(LAYER_MEANING)))
+        parts += [small(Text(LAYER_MEANING)), *_refused(report.layers)]
     parts += _surroundings(report)
     return Group(*parts)
 
@@ -74,8 +74,12 @@ def _layer(layer: LayerBench, width: int) -> Iterable[RenderableType]:
         what = f"{first.shape[0]}x{first.shape[1]} {first.pattern}, density {first.density:.3g}, {first.dtype}"
         yield from table(f"{printable(first.layer)}: {what}", columns, width, "--json")
     yield bullet(_plain(f"would run: {layer.chosen}"))
-    for reason, names in by_reason(layer.refused).items():
-        yield bullet(_plain(f"cannot run it: {', '.join(names)}: {reason}"))
+
+
+def _refused(layers: Sequence[LayerBench]) -> Iterable[RenderableType]:
+    """Say each reason against kernels once; the tables show where each ran, and --json has them layer by layer."""
+    for reason, kernels in by_reason(pair for layer in layers for pair in layer.refused).items():
+        yield bullet(_plain(f"could not run: {', '.join(kernels)}: {reason}"))
 
 
 def _surroundings(report: BenchReport) -> Iterable[RenderableType]:

@@ -1,12 +1,16 @@
 """The verb bench: what it accepts, draws and writes, and what it refuses."""
 
+import dataclasses
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sparsify_compiler.cli import bench as cli_bench
+from sparsify_compiler.cli.bench_tables import draw_bench
 from sparsify_compiler.cli.main import build_app
 from sparsify_compiler.cli.requests import BenchRequest
 from sparsify_compiler.errors import DataError
@@ -117,6 +121,16 @@ def full_report() -> BenchReport:
     case = BenchRow("m", 2.0, 0.1, 1.0, 0.0, "base", 9, case="batch 1, 4 tokens", tokens=4)
     machine = (("device", "cuda:0"), ("GPU", "toy"))
     return BenchReport(machine, "random", Ceilings("toy", "float16", 1e12, 1e14), (case,), (layer,), ("m: no graph",))
+
+
+def test_a_reason_against_kernels_is_said_once_for_all_layers() -> None:
+    report = full_report()
+    layer = dataclasses.replace(report.layers[0], refused=(("csr", "no <i> here"), ("ell", "no <i> here")))
+    console = Console(file=StringIO(), width=120, color_system=None)
+    console.print(draw_bench(dataclasses.replace(report, layers=(*report.layers, layer)), 120))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("no <i> here") == 1
+    assert "could not run: csr, ell: no <i> here" in said
 
 
 def test_a_benchmark_file_round_trips_and_older_ones_are_read() -> None:
