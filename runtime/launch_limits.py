@@ -6,6 +6,7 @@ import torch
 
 from sparsify_compiler.kernel import MatmulSpec
 from sparsify_compiler.runtime.launch import Launcher
+from sparsify_compiler.runtime.refusals import not_in, not_on, older_than
 from sparsify_compiler.runtime.rows import HALF_DTYPES
 
 MOST_PASSES = 65535
@@ -26,15 +27,9 @@ def most_shared(capability: tuple[int, int] | None) -> int:
 
 
 def missing_for(spec: MatmulSpec, launcher: Launcher) -> str | None:
-    """Say what a product in float16 or bfloat16 by our CUDA kernels lacks (dtype, GPU, compiler), or None."""
-    if spec.dtype not in HALF_DTYPES:
-        return f"runs float16 and bfloat16; found {spec.dtype}"
-    if spec.device.type != "cuda":
-        return f"runs on cuda; found {spec.device.type}"
-    if spec.capability is None or spec.capability < LEAST:
-        found = "an unknown one" if spec.capability is None else "{}.{}".format(*spec.capability)
-        return f"needs compute capability {LEAST[0]}.{LEAST[1]} or later; found {found}"
-    return launcher.unavailable()
+    """Say what a product in float16 or bfloat16 by our CUDA kernels lacks (GPU, dtype, compiler), or None."""
+    reason = not_on(spec, "cuda") or not_in(spec, HALF_DTYPES) or older_than(spec, LEAST)
+    return reason or launcher.unavailable()
 
 
 def can_cluster(device: torch.device) -> bool:

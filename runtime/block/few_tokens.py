@@ -11,7 +11,9 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import Block
 from sparsify_compiler.runtime.block.bands import cut_bands, grain_mask, largest_power
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
-from sparsify_compiler.runtime.rows import HALF_DTYPES, aligned_rows, element_defines, round_up
+from sparsify_compiler.runtime.launch_limits import missing_for
+from sparsify_compiler.runtime.refusals import not_on
+from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
 STEP = 32
@@ -48,16 +50,12 @@ class BlockDecode:
     launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say what speaks against it: pattern, dtype, device, or what is missing to compile for it."""
+        """Say what speaks against it: device, pattern, dtype, or what is missing to compile for it."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         if not isinstance(spec.pattern, Block) or spec.pattern.rows % BAND or spec.pattern.cols % BAND:
             return f"runs block patterns whose sides are multiples of {BAND}; found {spec.pattern}"
-        if spec.dtype not in HALF_DTYPES:
-            return f"runs float16 and bfloat16; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
-        if spec.capability is None or spec.capability < (8, 0):
-            return f"needs compute capability 8.0; found {spec.capability or 'an unknown one'}"
-        return self.launcher.unavailable()
+        return missing_for(spec, self.launcher)
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """Name block heights, warps, clusters and steps ahead, the default for this density first."""

@@ -16,6 +16,7 @@ from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.pattern import Block
 from sparsify_compiler.runtime.block.bands import cut_bands, grain_mask, largest_power, merge_bands
 from sparsify_compiler.runtime.launch_limits import most_shared
+from sparsify_compiler.runtime.refusals import not_in, not_on, older_than
 from sparsify_compiler.runtime.rows import ACTIVATION_CODES, HALF_DTYPES, aligned_rows, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -63,16 +64,14 @@ class BlockTriton:
     name: str = "block_triton"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say what speaks against it: pattern, dtype, device, or that Triton is missing."""
+        """Say what speaks against it: device, pattern, dtype, or that Triton is missing."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         pattern = spec.pattern
         if not isinstance(pattern, Block) or pattern.rows % LEAST_SIDE or pattern.cols % LEAST_SIDE:
             return f"runs block patterns whose sides are multiples of {LEAST_SIDE}; found {pattern}"
-        if spec.dtype not in HALF_DTYPES:
-            return f"runs float16 and bfloat16; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
-        if spec.capability is None or spec.capability < (8, 0):
-            return f"needs compute capability 8.0; found {spec.capability or 'an unknown one'}"
+        if reason := not_in(spec, HALF_DTYPES) or older_than(spec, (8, 0)):
+            return reason
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'sparsify-compiler[cuda]' (CUDA 13), or [cuda12]"
         return None

@@ -17,6 +17,7 @@ from sparsify_compiler.pattern import Block
 from sparsify_compiler.runtime.bits import unpack_bits
 from sparsify_compiler.runtime.cpu import cpu_compiled
 from sparsify_compiler.runtime.epilogue import finish
+from sparsify_compiler.runtime.refusals import not_in
 from sparsify_compiler.runtime.rows import round_up
 
 MOST_TILE_ROWS = 1024
@@ -30,13 +31,14 @@ class BlockGather:
     name: str = "block_gather"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, device, dtype or size stands in the way, or None."""
+        """Say which device, pattern, dtype or size stands in the way, or None."""
         if reason := cpu_compiled.elsewhere(spec):
             return reason
         if not isinstance(spec.pattern, Block):
             return f"runs block patterns; found {spec.pattern}"
-        if spec.dtype not in (torch.float32, torch.float64):
-            return f"runs float32 and float64, whose products a CPU multiplies as they are; found {spec.dtype}"
+        why = ", whose products a CPU multiplies as they are"
+        if reason := not_in(spec, (torch.float32, torch.float64), why):
+            return reason
         if (tile_rows := -(-spec.out // spec.pattern.rows)) > MOST_TILE_ROWS:
             return f"{tile_rows} tile rows cost two calls each, too many to win; choose tiles of more rows"
         return None

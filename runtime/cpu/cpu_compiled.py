@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify_compiler.kernel import MatmulSpec
+from sparsify_compiler.runtime.refusals import not_in, not_on
 
 INSTALL = "pip install 'sparsify-compiler[cpu]'"
 ENTRY = "GOMP_parallel"
@@ -31,16 +32,13 @@ FASTMATH = frozenset({"contract"})
 
 def rejects(spec: MatmulSpec) -> str | None:
     """Say why no compiled function can run `spec`, or None."""
-    if reason := elsewhere(spec):
-        return reason
-    if spec.dtype != torch.float32:
-        return f"computes in float32 alone, any other type would be converted at every call; found {spec.dtype}"
-    return unavailable()
+    why = " alone, any other type would be converted at every call"
+    return elsewhere(spec) or not_in(spec, (torch.float32,), why) or unavailable()
 
 
 def elsewhere(spec: MatmulSpec) -> str | None:
     """Say that a device is no CPU, or None. Kernels ask this first, so that a GPU hears one reason from all of them."""
-    return None if spec.device.type == "cpu" else f"runs on cpu; found {spec.device.type}"
+    return not_on(spec, "cpu")
 
 
 @functools.lru_cache(maxsize=1)

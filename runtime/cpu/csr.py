@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
 from sparsify_compiler.runtime.epilogue import finish
 from sparsify_compiler.runtime.formats import LARGEST_COUNT, kept_entries
+from sparsify_compiler.runtime.refusals import dtype_name, not_in, not_on, older_than
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,18 @@ class TorchCsr:
     name: str = "torch_csr"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which dtype, device or size PyTorch has no CSR product for, or None."""
-        kept = round(spec.out * spec.in_ * spec.density)
-        if max(kept, spec.in_) > LARGEST_COUNT:
-            return f"{kept} kept entries do not fit int32 indices; split the layer"
+        """Say which device, dtype or size PyTorch has no CSR product for, or None."""
+        if reason := not_on(spec, "cpu", "cuda"):
+            return reason
         if spec.device.type == "cpu":
-            if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-                return "this PyTorch was built without MKL, so it has no CSR product on a CPU"
-            if spec.dtype not in (torch.float32, torch.float64):
-                return f"PyTorch multiplies CSR in float32 and float64 on a CPU; found {spec.dtype}"
-            return None
-        if spec.device.type != "cuda":
-            return f"runs on cpu and cuda; found {spec.device.type}"
-        needs = {torch.float16: (5, 3), torch.bfloat16: (8, 0)}.get(spec.dtype, (0, 0))
-        if spec.capability is None or spec.capability < needs:
-            found = spec.capability or "an unknown one"
-            return f"{spec.dtype} needs compute capability {needs[0]}.{needs[1]}; found {found}"
-        return None
+            reason = not_in(spec, (torch.float32, torch.float64), " on a CPU") or _without_mkl()
+        else:
+            needs = {torch.float16: (5, 3), torch.bfloat16: (8, 0)}.get(spec.dtype, (0, 0))
+            reason = older_than(spec, needs, dtype_name(spec.dtype))
+        kept = round(spec.out * spec.in_ * spec.density)
+        if reason is None and max(kept, spec.in_) > LARGEST_COUNT:
+            return f"{kept} kept entries do not fit int32 indices; split the layer"
+        return reason
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """One variant only."""
@@ -63,3 +59,10 @@ class TorchCsr:
         weight = torch.sparse_csr_tensor(starts, columns, values, prepared.shape, check_invariants=False)
         y: Tensor = (weight @ x.T).T  # (tokens, out), column after column
         return finish(y.contiguous(), bias, activation)
+
+
+def _without_mkl() -> str | None:
+    """Say that this PyTorch lacks the library that has the product on a CPU, or None."""
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return None
+    return "this PyTorch was built without MKL, so it has no CSR product on a CPU"

@@ -31,7 +31,7 @@ class NumbaBlock:
     name: str = "numba_block"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, device, dtype or missing library stands in the way, or None."""
+        """Say which device, pattern, dtype or missing library stands in the way, or None."""
         if reason := cpu_compiled.elsewhere(spec):
             return reason
         if not isinstance(spec.pattern, Block):

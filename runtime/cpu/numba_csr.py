@@ -32,10 +32,11 @@ class NumbaCsr:
 
     def rejects(self, spec: MatmulSpec) -> str | None:
         """Say which device, dtype, size or missing library stands in the way, or None."""
+        reason = cpu_compiled.rejects(spec)
         kept = round(spec.out * spec.in_ * spec.density)
-        if max(kept, spec.in_) > LARGEST_COUNT:
+        if reason is None and max(kept, spec.in_) > LARGEST_COUNT:
             return f"{kept} kept entries do not fit int32 indices; split the layer"
-        return cpu_compiled.rejects(spec)
+        return reason
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """Name the tile widths worth timing."""

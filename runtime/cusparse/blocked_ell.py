@@ -13,6 +13,7 @@ from sparsify_compiler.runtime.cusparse.bsr import kept_tiles
 from sparsify_compiler.runtime.cusparse.library import BASE_ZERO, DATA_TYPES, INDEX_32I, Calls, SpMM
 from sparsify_compiler.runtime.cusparse.plans import InstalledLibrary, Library
 from sparsify_compiler.runtime.cusparse.product import Choice, apply, refusal
+from sparsify_compiler.runtime.refusals import not_on
 
 NEEDS: Mapping[torch.dtype, tuple[int, int]] = {torch.float16: (7, 0), torch.bfloat16: (8, 0), torch.float32: (8, 0)}
 """Compute capability by dtype, from NVIDIA's table of the format."""
@@ -62,10 +63,12 @@ class CusparseBlockedEll:
     most_padding: float = 2.0
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, device, dtype, size or missing library is in the way, or None."""
+        """Say which device, pattern, dtype, size or missing library is in the way, or None."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         pattern = spec.pattern
         if not isinstance(pattern, Block) or pattern.rows != pattern.cols or pattern.rows not in BLOCKS:
-            return f"multiplies square blocks of {', '.join(map(str, BLOCKS))}; found {pattern}"
+            return f"runs square blocks of {', '.join(map(str, BLOCKS))}; found {pattern}"
         return refusal(spec, self.library, NEEDS)
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:

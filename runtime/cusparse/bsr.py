@@ -21,6 +21,7 @@ from sparsify_compiler.runtime.cusparse.library import (
 from sparsify_compiler.runtime.cusparse.plans import InstalledLibrary, Library
 from sparsify_compiler.runtime.cusparse.product import Choice, apply, refusal
 from sparsify_compiler.runtime.formats import kept_entries
+from sparsify_compiler.runtime.refusals import not_on
 
 NEEDS: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float16: (5, 3),
@@ -73,10 +74,12 @@ class CusparseBsr:
     library: Library = field(default_factory=InstalledLibrary)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, device, dtype, size or library is in the way, or None."""
+        """Say which device, pattern, dtype, size or library is in the way, or None."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         pattern = spec.pattern
         if not isinstance(pattern, Block) or pattern.rows != pattern.cols:
-            return f"multiplies square blocks; found {pattern}"
+            return f"runs square blocks; found {pattern}"
         if reason := refusal(spec, self.library, NEEDS):
             return reason
         return too_old(self.library.plans().calls, MATRIX_VERSION, "SpMM with a BSR matrix")

@@ -28,6 +28,7 @@ from sparsify_compiler.runtime.cusparse.library import DATA_TYPES, Operation, Or
 from sparsify_compiler.runtime.cusparse.plans import Dense, Library, Matrix, Plans, Product
 from sparsify_compiler.runtime.epilogue import activate, finish
 from sparsify_compiler.runtime.formats import LARGEST_COUNT
+from sparsify_compiler.runtime.refusals import dtype_name, not_in, not_on, older_than
 from sparsify_compiler.runtime.rows import ALIGNMENT, aligned_rows, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -70,14 +71,10 @@ def refusal(spec: MatmulSpec, library: Library, needs: Mapping[torch.dtype, tupl
 
     `needs` has the compute capability that each dtype asks for.
     """
-    if spec.device.type != "cuda":
-        return f"runs on cuda; found {spec.device.type}"
-    if spec.dtype not in needs or spec.dtype not in DATA_TYPES:
-        return f"multiplies {', '.join(str(dtype) for dtype in needs)}; found {spec.dtype}"
-    least = needs[spec.dtype]
-    if spec.capability is None or spec.capability < least:
-        found = spec.capability or "an unknown one"
-        return f"{spec.dtype} needs compute capability {least[0]}.{least[1]}; found {found}"
+    if reason := not_on(spec, "cuda") or not_in(spec, [dtype for dtype in needs if dtype in DATA_TYPES]):
+        return reason
+    if reason := older_than(spec, needs[spec.dtype], dtype_name(spec.dtype)):
+        return reason
     kept = round(spec.out * spec.in_ * spec.density)
     if max(kept, spec.in_, spec.out) > LARGEST_COUNT:
         return f"{kept} kept entries of ({spec.out}, {spec.in_}) do not fit int32 indices; split the layer"

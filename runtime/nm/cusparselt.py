@@ -11,15 +11,12 @@ from torch.nn import functional
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
-from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.epilogue import activate
 from sparsify_compiler.runtime.formats import unpack
 from sparsify_compiler.runtime.nm.cusparselt_plans import Algorithm, Plans
+from sparsify_compiler.runtime.refusals import not_in, not_on, not_two_of_four, older_than
 from sparsify_compiler.runtime.rows import HALF_DTYPES, aligned_rows, round_up
 from sparsify_compiler.runtime.variants import variant_for
-
-PATTERNS = (NM(2, 4), NM(1, 4), NM(1, 2))
-"""Patterns that keep at most two of every four columns."""
 
 SIDE_MULTIPLE, TOKEN_MULTIPLE = 16, 8
 """Of the weight's sides and of the tokens, in 16-bit dtypes (torch/sparse/semi_structured.py states the same)."""
@@ -105,19 +102,9 @@ class CuSparseLt:
     name: str = "cusparselt"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, dtype, device or library does not do, or None."""
-        if spec.pattern not in PATTERNS:
-            return f"runs {', '.join(map(str, PATTERNS))}; found {spec.pattern}"
-        if spec.run is not None and spec.run % 4 != 0:
-            return f"groups of four columns must not cross channels; they start again after {spec.run} columns"
-        if spec.dtype not in HALF_DTYPES:
-            return f"runs float16 and bfloat16; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
-        if spec.capability is None or spec.capability < (8, 0):
-            found = "an unknown one" if spec.capability is None else "{}.{}".format(*spec.capability)
-            return f"needs compute capability 8.0 or later; found {found}"
-        return self.products.unavailable()
+        """Say which device, pattern, dtype or library does not do, or None."""
+        reason = not_on(spec, "cuda") or not_two_of_four(spec) or not_in(spec, HALF_DTYPES)
+        return reason or older_than(spec, (8, 0)) or self.products.unavailable()
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """Name the library's algorithms for this product; those of the first measurements where it cannot be asked."""

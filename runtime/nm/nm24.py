@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
-from sparsify_compiler.pattern import NM, Pattern
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
 from sparsify_compiler.runtime.nm.fragments import pack_fragments
 from sparsify_compiler.runtime.nm.nm24_variants import HOPPER, Variant, first_variant, variant_named, variants_for
+from sparsify_compiler.runtime.refusals import not_in, not_on, not_two_of_four, older_than
 from sparsify_compiler.runtime.rows import HALF_DTYPES, aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -30,18 +30,9 @@ class Nm24Mma:
     capability: tuple[int, int] = OLDEST
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say what this needs of the pattern, dtype, device and packages, or None."""
-        if not fits_two_of_four(spec.pattern):
-            return f"runs 2:4, 1:4 and 1:2; found {spec.pattern}"
-        if spec.run is not None and spec.run != spec.in_ and spec.run % 4:
-            return f"groups of four must not cross a tap: {spec.run} input channels a tap are no multiple of 4"
-        if spec.dtype not in HALF_DTYPES:
-            return f"runs float16 and bfloat16; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
-        if spec.capability is None or spec.capability < OLDEST:
-            return f"needs compute capability 8.0 (sparse tensor cores); found {spec.capability or 'an unknown one'}"
-        return self.launcher.unavailable()
+        """Say what this needs of the device, pattern, dtype and packages, or None."""
+        reason = not_on(spec, "cuda") or not_two_of_four(spec) or not_in(spec, HALF_DTYPES)
+        return reason or older_than(spec, OLDEST) or self.launcher.unavailable()
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """Name up to 20 shapes of block, the predicted fastest first (runtime/nm/nm24_variants.py)."""
@@ -95,11 +86,6 @@ class Nm24Mma:
                 f"this GPU has {capability[0]}.{capability[1]}; tune again on it"
             )
         return variant
-
-
-def fits_two_of_four(pattern: Pattern) -> bool:
-    """Say whether every four columns of a weight of this pattern keep at most two."""
-    return isinstance(pattern, NM) and (pattern.keep, pattern.of) in ((2, 4), (1, 4), (1, 2))
 
 
 @functools.lru_cache(maxsize=1024)

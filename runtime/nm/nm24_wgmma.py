@@ -7,16 +7,14 @@ from torch import Tensor
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed, Prepared
-from sparsify_compiler.pattern import NM
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
 from sparsify_compiler.runtime.nm.fragments import pack_fragments
 from sparsify_compiler.runtime.nm.nm24_shapes import Shape, read_shape, shapes_for
+from sparsify_compiler.runtime.refusals import capability_name, not_in, not_on, not_two_of_four
 from sparsify_compiler.runtime.rows import HALF_DTYPES, aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
 HOPPER = (9, 0)
-PATTERNS = (NM(2, 4), NM(1, 4), NM(1, 2))
-"""Patterns that keep at most two of every four columns."""
 
 TILING_THREADS = 256
 
@@ -34,17 +32,11 @@ class Nm24Wgmma:
     name: str = "nm24_wgmma"
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which pattern, dtype, device or compiler does not do, or None."""
-        if spec.pattern not in PATTERNS:
-            return f"runs {', '.join(map(str, PATTERNS))}; found {spec.pattern}"
-        if spec.run is not None and spec.run % 4 != 0:
-            return f"groups of four columns must not cross channels; they start again after {spec.run} columns"
-        if spec.dtype not in HALF_DTYPES:
-            return f"runs float16 and bfloat16; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
+        """Say which device, pattern, dtype or compiler does not do, or None."""
+        if reason := not_on(spec, "cuda") or not_two_of_four(spec) or not_in(spec, HALF_DTYPES):
+            return reason
         if spec.capability != HOPPER:
-            found = "an unknown one" if spec.capability is None else "{}.{}".format(*spec.capability)
+            found = capability_name(spec)
             return f"needs compute capability 9.0 exactly (Hopper's warpgroup products); found {found}"
         return self.launcher.unavailable()
 

@@ -16,6 +16,7 @@ from sparsify_compiler.runtime.formats import kept_entries
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
 from sparsify_compiler.runtime.launch_limits import CLUSTERS_FROM, can_cluster, missing_for, token_slices
 from sparsify_compiler.runtime.nm.nm_gemv_packing import GROUP, TILE_ROWS, kept_of_group, to_lane_order
+from sparsify_compiler.runtime.refusals import not_on
 from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -44,7 +45,9 @@ class NmGemv:
     launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which device, dtype or pattern it cannot run, or None."""
+        """Say which device, pattern or dtype it cannot run, or None."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         if not isinstance(spec.pattern, NM) or GROUP % spec.pattern.of:
             return f"runs N:M patterns whose groups divide {GROUP} columns, as 2:4 or 16:32; found {spec.pattern}"
         return missing_for(spec, self.launcher)

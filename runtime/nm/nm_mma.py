@@ -17,6 +17,7 @@ from sparsify_compiler.runtime.formats import kept_entries
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
 from sparsify_compiler.runtime.launch_limits import CLUSTERS_FROM, can_cluster, missing_for, most_shared
 from sparsify_compiler.runtime.nm.nm_runs import CHUNK, RUN, TILE_ROWS, RunOrder, order_of, to_runs
+from sparsify_compiler.runtime.refusals import not_on
 from sparsify_compiler.runtime.rows import aligned_rows, element_defines, round_up
 from sparsify_compiler.runtime.variants import variant_for
 
@@ -57,7 +58,9 @@ class NmMma:
     launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which device, dtype or pattern it cannot run, or None."""
+        """Say which device, pattern or dtype it cannot run, or None."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         if not isinstance(spec.pattern, NM) or RUN % spec.pattern.of:
             return f"runs N:M patterns whose groups divide {RUN} columns, as 4:8 or 16:32; found {spec.pattern}"
         return missing_for(spec, self.launcher)

@@ -12,6 +12,7 @@ from sparsify_compiler.runtime.bits import pack_bits
 from sparsify_compiler.runtime.epilogue import activate
 from sparsify_compiler.runtime.formats import kept_entries
 from sparsify_compiler.runtime.launch import CupyLauncher, Launcher, Program
+from sparsify_compiler.runtime.refusals import not_in, not_on, older_than
 from sparsify_compiler.runtime.rows import ALIGNMENT, round_up
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,17 +34,12 @@ class ExpandDense:
     launcher: Launcher = field(default_factory=CupyLauncher)
 
     def rejects(self, spec: MatmulSpec) -> str | None:
-        """Say which device, dtype or pattern it cannot run, or None."""
+        """Say which device, pattern or dtype it cannot run, or None."""
+        if reason := not_on(spec, "cuda"):
+            return reason
         if isinstance(spec.pattern, Block):
-            return f"expands n:m and unstructured weights; found blocks {spec.pattern}"
-        if spec.dtype not in DTYPES:
-            return f"runs float16, bfloat16 and float32; found {spec.dtype}"
-        if spec.device.type != "cuda":
-            return f"runs on cuda; found {spec.device.type}"
-        if spec.capability is None or spec.capability < LEAST:
-            found = "an unknown one" if spec.capability is None else "{}.{}".format(*spec.capability)
-            return f"needs compute capability {LEAST[0]}.{LEAST[1]} or later; found {found}"
-        return self.launcher.unavailable()
+            return f"runs n:m and unstructured patterns; found {spec.pattern}"
+        return not_in(spec, DTYPES) or older_than(spec, LEAST) or self.launcher.unavailable()
 
     def variants(self, spec: MatmulSpec, tokens: int) -> tuple[str, ...]:
         """One variant only."""

@@ -202,7 +202,7 @@ def test_a_cluster_needs_compute_capability_9() -> None:
 def test_it_says_what_it_cannot_run() -> None:
     assert KERNEL.rejects(H200) is None or "g++" in str(KERNEL.rejects(H200))
     for change, words in (
-        ({"dtype": torch.float32}, "found torch.float32"),
+        ({"dtype": torch.float32}, "found float32"),
         ({"device": torch.device("cpu")}, "found cpu"),
         ({"capability": (7, 5)}, "8.0 or later; found 7.5"),
     ):

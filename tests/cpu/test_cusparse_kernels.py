@@ -210,15 +210,15 @@ def test_each_kernel_says_what_it_cannot_run() -> None:
     assert [kernel.rejects(spec) for kernel in (csr, bsr, ell)] == [None] * 3
     assert "runs on cuda; found cpu" in (csr.rejects(dataclasses.replace(spec, device=CPU)) or "")
     old = dataclasses.replace(spec, dtype=torch.bfloat16, capability=(7, 5))
-    assert csr.rejects(old) == "torch.bfloat16 needs compute capability 8.0; found (7, 5)"
+    assert csr.rejects(old) == "bfloat16 needs compute capability 8.0 or later; found 7.5"
     assert "found an unknown one" in (csr.rejects(dataclasses.replace(spec, capability=None)) or "")
-    assert "found torch.float64" in (ell.rejects(dataclasses.replace(spec, dtype=torch.float64)) or "")
-    assert "found torch.float8" in (csr.rejects(dataclasses.replace(spec, dtype=torch.float8_e4m3fn)) or "")
+    assert "found float64" in (ell.rejects(dataclasses.replace(spec, dtype=torch.float64)) or "")
+    assert "found float8" in (csr.rejects(dataclasses.replace(spec, dtype=torch.float8_e4m3fn)) or "")
     assert "do not fit int32" in (csr.rejects(dataclasses.replace(spec, out=2**20, in_=2**20)) or "")
     unsquare = dataclasses.replace(spec, pattern=Block(16, 8))
-    assert bsr.rejects(unsquare) == "multiplies square blocks; found 16x8"
+    assert bsr.rejects(unsquare) == "runs square blocks; found 16x8"
     odd = dataclasses.replace(spec, pattern=Block(12, 12))
-    assert ell.rejects(odd) == "multiplies square blocks of 8, 16, 32, 64, 128; found 12x12"
+    assert ell.rejects(odd) == "runs square blocks of 8, 16, 32, 64, 128; found 12x12"
     assert bsr.rejects(odd) is None
     past = over(CusparseBsr, FakeLibrary(version=(12, 5, 0))).rejects(spec)
     assert (past or "").startswith("SpMM with a BSR matrix needs cuSPARSE 12.5.1 or newer; found 12.5.0: pip install")

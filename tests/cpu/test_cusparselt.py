@@ -142,9 +142,9 @@ def test_it_says_what_it_cannot_run() -> None:
 
     assert reason() == ""
     assert reason(capability=(8, 0)) == ""
-    assert "runs 2:4, 1:4, 1:2; found 8:16" in reason(pattern=NM(8, 16))
+    assert "runs 2:4, 1:4 and 1:2; found 8:16" in reason(pattern=NM(8, 16))
     assert "start again after 9 columns" in reason(run=9)
-    assert "found torch.float32" in reason(dtype=torch.float32)
+    assert "found float32" in reason(dtype=torch.float32)
     assert "found cpu" in reason(device=torch.device("cpu"))
     assert "8.0 or later; found 7.5" in reason(capability=(7, 5))
     assert "found an unknown one" in reason(capability=None)

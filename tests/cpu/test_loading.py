@@ -78,7 +78,7 @@ def test_an_inspection_asks_kernels_about_every_pattern_in_the_compiled_dtype() 
     }
     assert found["float32"]["block_gather"] is None  # it runs blocks alone, and blocks fit
     assert found["float16"]["block_gather"] == (
-        "runs float32 and float64, whose products a CPU multiplies as they are; found torch.float16"
+        "runs float32 and float64, whose products a CPU multiplies as they are; found float16"
     )
     assert found["float16"]["nm_mma"] == found["float16"]["block_decode"] == "runs on cuda; found cpu"
     with pytest.raises(DataError, match="choose one of float32"):

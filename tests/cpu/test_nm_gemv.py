@@ -181,7 +181,7 @@ def test_it_says_what_it_cannot_run() -> None:
         ({"pattern": Unstructured()}, "found unstructured"),
         ({"pattern": NM(3, 5)}, "found 3:5"),
         ({"pattern": NM(32, 64)}, "found 32:64"),
-        ({"dtype": torch.float32}, "found torch.float32"),
+        ({"dtype": torch.float32}, "found float32"),
         ({"device": torch.device("cpu")}, "found cpu"),
         ({"capability": (7, 5)}, "8.0 or later; found 7.5"),
         ({"capability": None}, "found an unknown one"),

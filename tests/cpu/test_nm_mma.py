@@ -160,7 +160,7 @@ def test_it_says_what_it_cannot_run() -> None:
         ({"pattern": NM(2, 3)}, "found 2:3"),
         ({"pattern": NM(32, 64)}, "found 32:64"),
         ({"pattern": Unstructured()}, "found unstructured"),
-        ({"dtype": torch.float32}, "found torch.float32"),
+        ({"dtype": torch.float32}, "found float32"),
         ({"device": torch.device("cpu")}, "found cpu"),
         ({"capability": (7, 5)}, "found 7.5"),
     ):
