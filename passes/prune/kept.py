@@ -47,11 +47,16 @@ def kept_lanes(matrix: Tensor, keep: Tensor) -> Iterator[KeptLanes]:
             last = first + (last - first) // 2
         lanes = by_width[first:last]
         width = widths[min(last, len(widths)) - 1]
-        yield _factored(matrix, keep[lanes], lanes, width)
+        yield factor_kept(matrix, keep[lanes], lanes, width)
         first = last
 
 
-def _factored(matrix: Tensor, keep: Tensor, lanes: Tensor, width: int) -> KeptLanes:
+def factor_kept(matrix: Tensor, keep: Tensor, lanes: Tensor, width: int) -> KeptLanes:
+    """Factor `matrix` on the kept sets `keep` (n, in) of the `lanes` (n,), none of more than `width` columns.
+
+    Raises:
+        SingularGramError: the matrix is not positive definite on some kept set.
+    """
     columns = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
     valid = keep.gather(1, columns)
     square = matrix[columns[:, :, None], columns[:, None, :]]

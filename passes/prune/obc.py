@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, DataError, PatternError
-from sparsify_compiler.passes.prune.algebra import damped_cholesky
 from sparsify_compiler.passes.prune.elimination import Quotas, Trace, eliminate
 from sparsify_compiler.passes.prune.kept import solve_kept
-from sparsify_compiler.pattern import NM, Block, Scope
+from sparsify_compiler.passes.prune.quadratic import DampedQuadratic, damped_quadratic, tile_of
+from sparsify_compiler.pattern import NM, Scope
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs
 
 
@@ -59,7 +57,7 @@ class OBC:
             SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
             PatternError: a pattern that does not fit the weight.
         """
-        quadratic = _quadratic(layer, self.damp)
+        quadratic = damped_quadratic(layer, self.damp, self.name)
         trace = _trace(layer, quadratic, _steps(layer, self.scope))
         return self._solution(layer, quadratic, trace)
 
@@ -69,15 +67,15 @@ class OBC:
         A lane of the trace is a row, or the `rows` rows of a Block pattern's tiles; a tile one entry of it, or `cols`.
         Its increments are shares of the damped loss, per token. Raises as `prune` does.
         """
-        return _trace(layer, _quadratic(layer, self.damp), _steps(layer, "layer"))
+        return _trace(layer, damped_quadratic(layer, self.damp, self.name), _steps(layer, "layer"))
 
     def read(self, layer: LayerProblem, trace: Trace) -> LayerSolution:
         """Return what `prune` returns, from the `trace` of the same problem at any other sparsity."""
-        return self._solution(layer, _quadratic(layer, self.damp), trace)
+        return self._solution(layer, damped_quadratic(layer, self.damp, self.name), trace)
 
-    def _solution(self, layer: LayerProblem, quadratic: "_Quadratic", trace: Trace) -> LayerSolution:
+    def _solution(self, layer: LayerProblem, quadratic: DampedQuadratic, trace: Trace) -> LayerSolution:
         out, in_ = layer.weight.shape
-        rows, cols = _tile(layer)
+        rows, cols = tile_of(layer.pattern)
         total = layer.pattern.removed(out, in_, layer.sparsity, layer.run, self.scope) // (rows * cols)
         if self.scope == "row" or isinstance(layer.pattern, NM):
             counts = torch.full((out // rows,), total // (out // rows), device=layer.weight.device)
@@ -92,86 +90,16 @@ class OBC:
         return LayerSolution(weight, kept.repeat_interleave(rows, 0), loss, loss, stats, quadratic.notes)
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What sites with the same input share, in units in which the damped Gram has a unit diagonal.
-
-    `scale` (in,): a weight is `scale` times its value here. `matrix` and `inverse` (in, in) float64 are G + ridge and
-    its inverse in these units; `ridge` is in the Gram's.
-    """
-
-    scale: Tensor
-    matrix: Tensor
-    inverse: Tensor
-    ridge: float
-    damp: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Quadratic:
-    """‖ŵ − start‖² in the norm of `matrix`, per row, in the units of `_Shared`; `moment` = `start` · `matrix`."""
-
-    matrix: Tensor
-    inverse: Tensor
-    scale: Tensor
-    start: Tensor
-    moment: Tensor
-    damp: float
-    dead: int
-    notes: tuple[str, ...]
-
-
-def _shared(gram: Tensor, damp: float) -> _Shared:
-    lower, used, notes = damped_cholesky(gram, damp)
-    ridge = used * float(gram.diagonal().mean())
-    matrix = gram.clone()
-    matrix.diagonal().add_(ridge)
-    scale = matrix.diagonal().rsqrt()
-    inverse = torch.cholesky_inverse(lower) / scale[:, None] / scale
-    return _Shared(scale, matrix * scale[:, None] * scale, inverse, ridge, used, notes)
-
-
-def _quadratic(layer: LayerProblem, damp: float) -> _Quadratic:
-    out, in_ = layer.weight.shape
-    if reason := layer.pattern.misfit(out, in_, layer.run):
-        raise PatternError(f"layer {layer.name!r}: {reason}")
-    gram = layer.gram
-    if gram is None:
-        raise DataError(
-            f"layer {layer.name!r}: obc needs a Gram matrix, found none; give calibration data or choose magnitude"
-        )
-    try:
-        shared = gram.cached(f"inverse at damp {damp!r}, unit diagonal", lambda: _shared(gram.matrix, damp))
-    except CalibrationError as error:  # SingularGramError is one
-        raise type(error)(f"layer {layer.name!r}: obc: {error}") from None
-    dead = gram.matrix.diagonal() == 0
-    dense = layer.weight.to(gram.matrix).masked_fill(dead, 0.0)
-    if layer.targets is None:
-        start = dense / shared.scale
-        moment = start @ shared.matrix
-    else:
-        moment = (dense @ layer.targets.cross.t() + shared.ridge * dense) * shared.scale
-        start = moment @ shared.inverse
-    return _Quadratic(
-        shared.matrix, shared.inverse, shared.scale, start, moment, shared.damp, int(dead.sum()), shared.notes
-    )
-
-
-def _tile(layer: LayerProblem) -> tuple[int, int]:
-    return (layer.pattern.rows, layer.pattern.cols) if isinstance(layer.pattern, Block) else (1, 1)
-
-
 def _steps(layer: LayerProblem, scope: Scope) -> int:
     """Return how many tiles a lane may lose: all of them where the lanes share one budget."""
-    (out, in_), (_, cols) = layer.weight.shape, _tile(layer)
+    (out, in_), (_, cols) = layer.weight.shape, tile_of(layer.pattern)
     if isinstance(layer.pattern, NM) or scope == "row":
         return layer.pattern.removed(out, in_, layer.sparsity, layer.run, "row") // (out * cols)
     return 0 if layer.sparsity == 0 else in_ // cols
 
 
-def _trace(layer: LayerProblem, quadratic: _Quadratic, steps: int) -> Trace:
-    (out, in_), (rows, cols) = layer.weight.shape, _tile(layer)
+def _trace(layer: LayerProblem, quadratic: DampedQuadratic, steps: int) -> Trace:
+    (out, in_), (rows, cols) = layer.weight.shape, tile_of(layer.pattern)
     quotas = None
     if isinstance(layer.pattern, NM):
         spans = layer.pattern.groups(in_, layer.run)
