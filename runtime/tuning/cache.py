@@ -70,8 +70,9 @@ class DiskCache:
         return dataclasses.replace(verdict, reason=f"{verdict.reason} (measured on {table['date']}, from the cache)")
 
     def keep_verdict(self, key: Key, verdict: Verdict) -> None:
-        """Keep a verdict; warns where the disk refuses."""
-        self._write("verdict", key, dataclasses.asdict(verdict))
+        """Keep a verdict, unless the machine was busy while it was measured; warns where the disk refuses."""
+        if not verdict.busy:
+            self._write("verdict", key, dataclasses.asdict(verdict))
 
     def outcome(self, key: Key) -> Outcome | None:
         """Return what a self-test found before, or None."""

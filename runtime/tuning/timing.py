@@ -15,7 +15,7 @@ from sparsify_compiler.errors import first_line
 from sparsify_compiler.runtime import graphs
 
 Call = Callable[[], object]
-Words = Literal["faster", "slower", "no difference beyond the spread"]
+Words = Literal["faster", "slower", "no difference beyond the spread", "too noisy to tell"]
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,12 @@ class Comparison:
     quartiles: tuple[float, float]
 
     def words(self) -> Words:
-        """Say whether the second is faster, slower, or neither beyond the spread."""
+        """Say whether the second is faster, slower or neither; too noisy where rounds agree but not on how much."""
         low, high = self.quartiles
-        if abs(self.speedup - 1) <= self.spread or low <= 1 <= high:
+        if low <= 1 <= high:
             return "no difference beyond the spread"
+        if abs(self.speedup - 1) <= self.spread:
+            return "too noisy to tell"
         return "faster" if self.speedup > 1 else "slower"
 
 

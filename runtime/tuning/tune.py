@@ -196,6 +196,7 @@ def _verdict(choice: Choice, measured: Measured, refused: Mapping[str, str]) -> 
         rounds=len(measured.totals(single(DENSE))),
         variants=_variants(choice, measured),
         size_bytes=measured.size_bytes,
+        busy=choice.busy,
     )
 
 

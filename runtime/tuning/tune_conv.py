@@ -173,7 +173,8 @@ class _Rivals:
         choice = choose(measured, routes=False)
         rows = tuple(timing(name, tokens, measured) for name in times if name != DENSE)
         written = write_variants(variants[choice.name])
-        return Verdict(choice.name, choice.reason, rows, refused, len(times[DENSE][tokens]), written, self.bytes)
+        rounds = len(times[DENSE][tokens])
+        return Verdict(choice.name, choice.reason, rows, refused, rounds, written, self.bytes, choice.busy)
 
     def _rounds(self) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in self.measures}

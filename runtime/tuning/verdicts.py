@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsify_compiler.runtime.routed import MOST_PARTS, routed_name
-from sparsify_compiler.runtime.tuning.timing import Comparison, compare_pairs
+from sparsify_compiler.runtime.tuning.timing import Comparison, compare_pairs, spread
 
 DENSE = "dense"
 LEAST_SPEEDUP = 0.9
 """The least ratio to dense that a chosen kernel may have at any token count that was asked."""
 LEAST_GAIN = 1.02
 """What a route must gain over the best single kernel to be worth the memory of a second order of the weight."""
+MOST_SPREAD = 0.5
+"""Of a candidate's own times (interquartile range / median): beyond, something else ran on the machine."""
 
 Times = Mapping[str, Mapping[int, Sequence[float]]]
 """By kernel and token count, the microseconds of every round; a candidate given up early has the first rounds only."""
@@ -50,6 +52,7 @@ class Verdict:
 
     `rounds` is the number of measurements of dense, and of every candidate that was not given up early. `variants`
     goes into `Prepared.variants`. `size_bytes` are the bytes that each candidate keeps for the weight.
+    `busy` says that the times of dense or of the best rival were scattered by more than MOST_SPREAD; the reason too.
     """
 
     kernel: str
@@ -59,6 +62,7 @@ class Verdict:
     rounds: int = 0
     variants: str = ""
     size_bytes: Mapping[str, int] = field(default_factory=dict)
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """A route (one part where a single kernel runs it all) and why."""
+    """A route (one part where a single kernel runs it all) and why; `busy` as in `Verdict`."""
 
     parts: Parts
     reason: str
+    busy: bool = False
 
     @property
     def name(self) -> str:
@@ -117,7 +122,16 @@ def runs(parts: Parts, tokens: int) -> str:
 def choose(measured: Measured, dense_copy: bool = False, routes: bool = True) -> Choice:
     """Choose by the rules above. `dense_copy` lets dense be a part of a route, `routes` any route at all."""
     choice = _choose(measured, dense_copy, routes)
-    return Choice(choice.parts, choice.reason + _notes(measured))
+    scatter = _scatter(measured)
+    busy = f"; measured on a busy machine (spread {scatter:.0%}): measure again" if scatter > MOST_SPREAD else ""
+    return Choice(choice.parts, choice.reason + _notes(measured) + busy, bool(busy))
+
+
+def _scatter(measured: Measured) -> float:
+    """Return the largest spread, over the token counts, of the times of dense and of the best sparse kernel."""
+    sparse = [name for name in measured.times if name != DENSE]
+    best = max(sparse, key=lambda name: measured.compare(single(DENSE), single(name)).speedup)
+    return max(spread(measured.times[name][n]) for name in (DENSE, best) for n in measured.tokens)
 
 
 def _choose(measured: Measured, dense_copy: bool, routes: bool) -> Choice:
@@ -162,7 +176,7 @@ def _kept(names: Sequence[str], measured: Measured) -> str:
         if gain.words() == "faster":
             why.append(f"slower at {_lost(name, measured)}, {LEAST_SPEEDUP}x is the least that is taken")
         elif gain.words() != "slower":
-            why.append("within the spread")
+            why.append("too noisy to tell" if gain.words() == "too noisy to tell" else "within the spread")
         if rounds < len(measured.totals(single(DENSE))):
             why.append(f"given up after {rounds} rounds")
         rivals.append(f"{name} {_figure(gain)}" + (f" ({', '.join(why)})" if why else ""))

@@ -140,10 +140,27 @@ def test_medians_and_spreads_are_those_of_the_definition() -> None:
     # Ratios 1, 2, 3, 4, 5: median 3, quartiles 2 and 4.
     assert compare_pairs([2, 4, 6, 8, 10], [2] * 5) == Comparison(3, 2 / 3, (2, 4))
     assert spread([7.0]) == 0
-    assert Comparison(1.1, 0.2, (1.05, 1.27)).words() == "no difference beyond the spread"
+    assert Comparison(1.1, 0.2, (1.05, 1.27)).words() == "too noisy to tell"
     assert Comparison(1.3, 0.2, (1.1, 1.36)).words() == "faster"
     assert Comparison(3.0, 1.5, (0.5, 5.0)).words() == "no difference beyond the spread"  # a third of it lost
+    assert Comparison(0.03, 1.29, (0.02, 0.06)).words() == "too noisy to tell"
     assert Comparison(0.7, 0.2, (0.66, 0.8)).words() == "slower"
+
+
+def test_times_that_scatter_say_that_the_machine_was_busy() -> None:
+    verdict, _ = decide({("dense", 1): [10, 30, 12, 40], ("sparse", 1): [5, 15, 6, 20]}, Fake("sparse"))
+    assert verdict.kernel == "sparse"  # both were slowed down alike
+    assert verdict.busy
+    assert verdict.reason.endswith("; measured on a busy machine (spread 100%): measure again")
+    calm, _ = decide({("dense", 1): [10, 12, 11, 13], ("sparse", 1): [5, 6, 5.5, 6.5]}, Fake("sparse"))
+    assert not calm.busy
+    assert "busy" not in calm.reason
+
+
+def test_a_gain_smaller_than_its_own_spread_in_rounds_that_agree_is_too_noisy_to_tell() -> None:
+    verdict, _ = decide({("dense", 1): [10], ("sparse", 1): [9, 7, 9, 4]}, Fake("sparse"))
+    assert verdict.timings[0].verdict.startswith("too noisy to tell: 1.27x")
+    assert "(too noisy to tell)" in verdict.reason
 
 
 def test_the_cpu_stopwatch_repeats_short_calls() -> None:

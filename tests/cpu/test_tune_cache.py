@@ -68,6 +68,13 @@ def test_a_verdict_is_measured_once_and_then_read_with_its_date(tmp_path: Path) 
     assert not list((tmp_path / "new" / "folder").glob(".*"))
 
 
+def test_what_a_busy_machine_measured_is_not_kept(tmp_path: Path) -> None:
+    DiskCache(tmp_path).keep_verdict({"layer": 1}, Verdict("sparse", "sparse: 2.00x", busy=True))
+    assert not entries(tmp_path)
+    DiskCache(tmp_path).keep_verdict({"layer": 1}, Verdict("sparse", "sparse: 2.00x"))
+    assert len(entries(tmp_path)) == 1
+
+
 def test_another_question_is_measured_anew(tmp_path: Path) -> None:
     measure(tmp_path)
     for more in (
