@@ -11,7 +11,10 @@ from doubles import DOUBLES
 from kernels import KERNELS as CPU_KERNELS
 from torch import Tensor
 
+from sparsify_compiler.passes.prune.alps import ALPS
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
@@ -41,6 +44,9 @@ METHODS: tuple[Pruner, ...] = (
     SparseGPT(),
     SparseGPT(damp=0.1, block_columns=5),
     SparseGPT(block_columns=1),
+    ALPS(),
+    OBC(),
+    IOBS(),
 )
 
 # Odd sides, one row, one column, tails, runs of a convolution with tails, every kind of tile.

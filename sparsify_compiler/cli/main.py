@@ -11,6 +11,7 @@ from sparsify_compiler.cli.compile import compile_verb, demo_verb, export_verb, 
 from sparsify_compiler.cli.guard import install_bug_report
 from sparsify_compiler.cli.kernels import kernels_verb
 from sparsify_compiler.cli.measure import evaluate_verb, inspect_verb, run_verb
+from sparsify_compiler.cli.reproduce import reproduce_verb
 
 VERBS = (
     (
@@ -37,6 +38,7 @@ VERBS = (
     ),
     ("kernels", kernels_verb, "sparsify-compiler kernels --device cuda"),
     ("export", export_verb, "sparsify-compiler export OUT/ -o model_trt.onnx --onnx-flavour trt"),
+    ("reproduce", reproduce_verb, "sparsify-compiler reproduce sparse-recovery --runs 20 --plot recovery.svg"),
     ("report", report_verb, "sparsify-compiler report OUT/"),
     ("demo", demo_verb, "sparsify-compiler demo -o demo-out/ --windows 16"),
 )

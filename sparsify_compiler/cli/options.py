@@ -46,7 +46,9 @@ Heldout = Annotated[
 Data = Annotated[str, typer.Option(help=f"Data to measure on: {DATA}.", show_default=False)]
 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe in TOML.", show_default=False)]
-Method = Annotated[str | None, typer.Option(help="magnitude, wanda or sparsegpt.", show_default="sparsegpt")]
+Method = Annotated[
+    str | None, typer.Option(help="magnitude, wanda, sparsegpt, alps, obc or iobs.", show_default="sparsegpt")
+]
 PatternText = Annotated[
     str | None,
     typer.Option("--pattern", help="unstructured, kept:of as in 2:4, or rows x cols as in 64x64.", show_default="2:4"),

@@ -84,7 +84,7 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
         ('[[rule]]\nmethod = "wanda"', "rule 1: pattern is missing"),
         ('[[rule]]\npattern = "2:4"\nmethod = 3', "rule 1: method must be a str, found 3"),
         ('[[rule]]\npattern = 24\nmethod = "wanda"', "rule 1: pattern must be a str, found 24"),
-        ('[[rule]]\npattern = "2:4"\nmethod = "obc"', "unknown method 'obc'; known: magnitude, sparsegpt, wanda"),
+        ('[[rule]]\npattern = "2:4"\nmethod = "obs"', "unknown method 'obs'; known: alps, iobs, magnitude, obc"),
         ('[[rule]]\npattern = "2/4"\nmethod = "wanda"', "rule 1: pattern '2/4': write unstructured"),
         ('[[rule]]\npattern = "4:4"\nmethod = "wanda"', "rule 1: pattern 4:4: needs 0 < keep < of"),
         (RULE + "sites = 3", "rule 1: sites must be a str, found 3"),
