@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsify_compiler.api import Model, open_source, random_batches
 from sparsify_compiler.batches import Batch
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.torch import read_artefact
 from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.pipeline.bench_random import (
@@ -20,6 +21,7 @@ from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.runtime.tuning.selftest import SelfTest
+from sparsify_compiler.sources.models import Source
 
 __all__ = ["BenchReport", "DecodeChoice", "RandomLayers", "bench", "bench_decoder", "bench_layers"]
 __all__ += ["bench_sites", "survey_kernels"]
@@ -48,9 +50,22 @@ def bench(
     """
     where = Options(device=device).torch_device()
     sources = [open_source(model, trust) for model in models]
+    _check_lengths(sources, lengths)
     example = batch if batch is not None else random_batches(sources[0], seed, where)[0]
     found = [*cases(example, samples, lengths, decode)]
     return bench_sources(sources, found, where, repeats, compiled)
+
+
+def _check_lengths(sources: Sequence[Source], lengths: Sequence[int]) -> None:
+    """Refuse a sequence longer than a model has positions for, where it says how many. Raises DataError."""
+    for source in sources:
+        config = getattr(source.module, "config", None)
+        most = source.max_positions or getattr(config, "max_position_embeddings", None)
+        if lengths and isinstance(most, int) and max(lengths) > most:
+            raise DataError(
+                f"sequences of {max(lengths)} tokens for {source.reference!r}: its config says max_position_embeddings "
+                f"{most}; ask for at most {most}"
+            )
 
 
 def bench_layers(asked: RandomLayers, *, device: str = "auto", progress: Progress = silent) -> BenchReport:

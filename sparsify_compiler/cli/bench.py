@@ -22,7 +22,7 @@ from sparsify_compiler.cli.bench_tables import draw_bench
 from sparsify_compiler.cli.guard import guard
 from sparsify_compiler.cli.jobs import bench_models
 from sparsify_compiler.cli.progress import draw_progress
-from sparsify_compiler.cli.requests import BenchRequest, DataChoice
+from sparsify_compiler.cli.requests import BenchRequest, DataChoice, check_output
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.export.bench_html import bench_html
 from sparsify_compiler.pattern import Pattern, parse_pattern
@@ -68,7 +68,7 @@ Kind = Annotated[
 Patterns = Annotated[
     str, typer.Option("--pattern", help="For --layers and --config: one or several patterns, as in 2:4,16:32.")
 ]
-
+Seed = Annotated[int, typer.Option(help="Draws the weights and inputs that are random, and windows of --data.")]
 
 OPTIONS = {
     "MODEL": ("data", "batch_size", "sequence_length", "preprocess", "decode", "compiled", "repeats", "plot", "trust"),
@@ -108,7 +108,7 @@ def bench_verb(
         Path | None, typer.Option(help="Draw the models' times to this .png or .svg file.", show_default=False)
     ] = None,
     device: opt.Device = "auto",
-    seed: opt.Seed = 0,
+    seed: Seed = 0,
     trust: opt.Trust = False,
     debug: opt.Debug = False,
 ) -> None:
@@ -154,13 +154,13 @@ def _checked_form(context: typer.Context, models: list[str] | None, layers: str 
 
 
 def _check_files(*files: Path | None) -> None:
-    """Refuse files that could not be written before anything is measured. Raises DataError."""
+    """Refuse files that could not be written before anything is measured. Raises DataError or ExportError."""
     *_, plot = files
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise DataError(f"--plot {str(plot)!r}: cannot draw {plot.suffix or 'that'}; choose a .png or .svg file")
     for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise DataError(f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}; make it first")
+        if file is not None:
+            check_output(file, overwrite=True)
 
 
 def _patterns(text: str, samples: Sequence[int], form: str) -> tuple[Pattern, ...]:

@@ -1,6 +1,7 @@
 """What each verb was asked for, as values: made from the options here, carried out in `cli.jobs`."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,7 +136,12 @@ class RecipeChoice:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a file that is there already, before any work is done. Raises ExportError."""
+    """Refuse a file that is there already or cannot be written, before any work is done. Raises ExportError."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise ExportError(f"cannot write {str(output)!r}: there is no folder {str(folder)!r}; make it first")
+    if not os.access(output if output.is_file() else folder, os.W_OK):
+        raise ExportError(f"cannot write {str(output)!r}: it is protected; choose another place, or change the rights")
     if output.is_dir():
         raise ExportError(f"output {str(output)!r} is a folder; give the name of a file")
     if output.exists() and not overwrite:

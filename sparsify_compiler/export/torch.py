@@ -118,11 +118,12 @@ def read_artefact(folder: Path) -> Artefact:
     Raises:
         ModelError: not an artefact, a newer version, truncated, or weights and description that do not agree.
     """
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no {name}; give a folder that compile wrote")
     try:
         table = json.loads((folder / DESCRIPTION).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no {Path(str(error.filename)).name}; give a folder that compile wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the artefact is damaged ({error}); compile it again") from None
     if (
