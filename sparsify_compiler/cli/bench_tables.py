@@ -13,13 +13,16 @@ from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 STYLES = {"faster": "bold green", "slower": "yellow"}
+VERDICT = 16
+"""Characters that a verdict asks for: the longest takes two lines of them."""
 MEANING = (
     "speedup = time of the base / time of this one, round by round; the base is the fastest way of running the first "
-    "model. spread = interquartile range / median."
+    "model. spread, also behind a ±, = interquartile range / median."
 )
 LAYER_MEANING = (
     "of limit = the least time that this machine's measured memory and arithmetic rates allow / the time measured; "
-    "above 100% the weight stayed in a cache. Each token count is tuned by itself."
+    "above 100% the weight stayed in a cache. Each token count is tuned by itself. ± = the speedup's interquartile "
+    "range / median."
 )
 
 
@@ -43,11 +46,10 @@ def _rows(rows: Sequence[BenchRow], case: str, width: int) -> Iterable[Renderabl
     rates = [_plain("–" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}") for row in rows]
     columns = [
         Column("model", [_plain(row.label) for row in rows]),
-        Column("median", [_plain(f"{row.median_ms:.4g} ms") for row in rows], right=True),
-        Column("spread", [_plain(f"±{row.spread:.2f}") for row in rows], rank=4, right=True),
+        Column("median ±spread", [_plain(f"{row.median_ms:.4g} ms ±{row.spread:.2f}") for row in rows], right=True),
         Column("speedup", [_plain(f"{row.speedup:.2f}x ±{row.speedup_spread:.2f}") for row in rows], right=True),
-        Column("verdict", [_plain(row.verdict, STYLES.get(row.verdict, "")) for row in rows], wrap=True),
-        *([Column("tokens/s", rates, right=True)] if any(row.tokens for row in rows) else []),
+        Column("verdict", [_plain(row.verdict, STYLES.get(row.verdict, "")) for row in rows], wrap=True, most=VERDICT),
+        *([Column("tokens/s", rates, rank=4, right=True)] if any(row.tokens for row in rows) else []),
         *([Column("peak memory", peaks, rank=2, right=True)] if any(row.peak_memory_bytes for row in rows) else []),
         Column("size", [_plain(_size(row.size_bytes)) for row in rows], rank=1, right=True),
         Column("repeats", [_plain(str(row.repeats)) for row in rows], rank=3, lift=True, right=True),
@@ -59,13 +61,13 @@ def _rows(rows: Sequence[BenchRow], case: str, width: int) -> Iterable[Renderabl
 def _layer(layer: LayerBench, width: int) -> Iterable[RenderableType]:
     rows = layer.rows
     if rows:
+        words = [row.verdict.split(":")[0] for row in rows]
         columns = [
             Column("tokens", [_plain(f"{row.tokens:,}") for row in rows], right=True),
             Column("kernel", [_plain(row.kernel) for row in rows]),
             Column("time", [_plain(f"{row.time_us:.4g} us") for row in rows], right=True),
-            Column("speedup", [_plain(f"{row.speedup:.2f}x") for row in rows], right=True),
-            Column("spread", [_plain(f"±{row.spread:.2f}") for row in rows], rank=2, right=True),
-            Column("verdict", [_plain(_word(row.verdict), STYLES.get(_word(row.verdict), "")) for row in rows]),
+            Column("speedup", [_plain(f"{row.speedup:.2f}x ±{row.spread:.2f}") for row in rows], right=True),
+            Column("verdict", [_plain(word, STYLES.get(word, "")) for word in words], wrap=True, most=VERDICT),
             Column("limit", [_plain(f"{row.limit_us:.4g} us") for row in rows], rank=1, right=True),
             Column("of limit", [_plain(f"{row.of_limit:.0%}") for row in rows], right=True),
             Column("weight", [_plain(size(row.weight_bytes)) for row in rows], rank=3, right=True),
@@ -93,10 +95,6 @@ def _surroundings(report: BenchReport) -> Iterable[RenderableType]:
         yield small(_plain(f"measured ceilings: {rates}"))
     if report.machine:
         yield small(_plain("; ".join(f"{name} {value}" for name, value in report.machine)))
-
-
-def _word(verdict: str) -> str:
-    return verdict.split(":")[0]
 
 
 def _size(count: int | None) -> str:

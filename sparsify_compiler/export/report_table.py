@@ -21,7 +21,8 @@ GAP = 2
 class Column:
     """One table column. Of those that do not fit, the one of lowest `rank` goes first; inf never goes.
 
-    `lift`: where every row says the same, it moves into the line above the table. `wrap`: its text may take lines.
+    `lift`: where every row says the same, it moves into the line above the table. `wrap`: its text may take lines,
+    and asks for `most` characters of one.
     """
 
     title: str
@@ -30,11 +31,12 @@ class Column:
     lift: bool = False
     wrap: bool = False
     right: bool = False
+    most: int = 40
 
     def width(self) -> int:
-        """Count the characters of the widest cell, at most 40 where the text may take several lines."""
+        """Count the characters of the widest cell, at most `most` where the text may take several lines."""
         widest = max((cell.cell_len for cell in self.cells), default=0)
-        return max(len(self.title), min(widest, 40) if self.wrap else widest)
+        return max(len(self.title), min(widest, self.most) if self.wrap else widest)
 
 
 def table(

@@ -203,6 +203,8 @@ def test_a_file_that_is_there_is_only_replaced_when_asked(tmp_path: Path) -> Non
         check_output(file, overwrite=False)
     with pytest.raises(ExportError, match="is a folder"):
         check_output(tmp_path, overwrite=True)
+    with pytest.raises(ExportError, match="there is no folder"):
+        check_output(tmp_path / "absent" / "y.npz", overwrite=True)
 
 
 def test_an_output_folder_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path) -> None:

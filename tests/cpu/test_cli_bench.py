@@ -4,11 +4,14 @@ import dataclasses
 import json
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from sparsify_compiler.api_bench import bench
 from sparsify_compiler.cli import bench as cli_bench
 from sparsify_compiler.cli.bench_tables import draw_bench
 from sparsify_compiler.cli.main import build_app
@@ -101,6 +104,7 @@ def test_bench_times_a_decoder_with_random_weights(tmp_path: Path) -> None:
         (("--config", "llama-9"), "llama-3-8b"),
         (("model.onnx", "--batch-size", "0"), "whole numbers of at least 1"),
         (("model.onnx", "--json", "absent/times.json"), "there is no folder 'absent'"),
+        (("--layers", "4x4", "--html", "."), "output '.' is a folder"),
         (("model.onnx", "--tokens", "4"), "--tokens does not go with MODEL, which reads --data, --batch-size"),
         (("--layers", "4x4", "--plot", "times.png"), "--plot does not go with --layers"),
         (("--config", "llama-3-8b", "--decode"), "--decode does not go with --config"),
@@ -112,6 +116,43 @@ def test_bench_refuses_what_it_cannot_time(arguments: tuple[str, ...], said: str
     status, _, complaint = invoke("bench", *arguments)
     assert status == 2
     assert said in complaint
+
+
+def test_a_compiled_folder_that_lacks_its_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sparsify.json").write_text("{}")
+    status, _, complaint = invoke("bench", "--layers", str(tmp_path))
+    assert status == 2
+    assert "no model.safetensors; give a folder that compile wrote" in complaint
+
+
+def test_a_sequence_longer_than_the_model_has_positions_is_refused_before_anything_runs() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.config = SimpleNamespace(max_position_embeddings=32)  # type: ignore[assignment]
+    with pytest.raises(DataError, match="33 tokens for 'Linear': its config says max_position_embeddings 32"):
+        bench([module], torch.zeros(1, 4, dtype=torch.long), lengths=(8, 33))
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_table_of_any_width_keeps_the_spread_and_every_heading_whole(width: int) -> None:
+    report = full_report()
+    words = "no difference beyond the spread"
+    rows = tuple(
+        dataclasses.replace(report.rows[0], label=f"a-model-of-some-size-{i}", verdict=words, speedup_spread=0.21)
+        for i in range(3)
+    )
+    layer = report.layers[0]
+    slow = dataclasses.replace(layer.rows[1], kernel="cusparse_blocked_ell", time_us=12345.0, verdict=f"{words}: 1x")
+    layer = dataclasses.replace(layer, rows=(*layer.rows, slow))
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(draw_bench(dataclasses.replace(report, rows=rows, layers=(layer,)), width))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, said.splitlines())) <= width
+    for heading in ("median ±spread", "tokens", "kernel", "time", "verdict", "of limit"):
+        assert heading in said
+    assert said.count("speedup ") >= 2
+    assert "2 ms ±0.10" in said
+    assert "cusparse_blocked_ell" in said
+    assert "…" not in said
 
 
 def full_report() -> BenchReport:
