@@ -110,9 +110,11 @@ def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
     figure = figure_module.Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     middle = [row.median_ms for row in rows]
+    # the spread is symmetric by definition, a time is not: no whisker reaches below 0
     whiskers = [row.median_ms * row.spread / 2 for row in rows]
+    below = [min(whisker, row.median_ms) for whisker, row in zip(whiskers, rows, strict=True)]
     names = [f"{row.label}\n{row.case}" if row.case else row.label for row in rows]
-    bars = axes.barh(names, middle, xerr=whiskers, color="#4c78a8", ecolor="#333333", capsize=3)
+    bars = axes.barh(names, middle, xerr=(below, whiskers), color="#4c78a8", ecolor="#333333", capsize=3)
     axes.bar_label(bars, [_caption(row) for row in rows], padding=6, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.9 * max(m + w for m, w in zip(middle, whiskers, strict=True)))

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from sparsify_compiler.export.page import page_template
-from sparsify_compiler.export.report_charts import Chart, GridLine, chart_bar, chart_top, chart_y
-from sparsify_compiler.runtime.benchmark.layers import LayerBench, LayerRow
+from sparsify_compiler.export.report_charts import chart_top
+from sparsify_compiler.runtime.benchmark.layers import LayerBench
 from sparsify_compiler.runtime.benchmark.models import BenchRow
 from sparsify_compiler.runtime.benchmark.report import BenchReport
+from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
-WIDTH = 420.0
-LEFT = 40.0
+MOST_NAMES = 4
+"""Models that the heading names."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,25 @@ class CaseRows:
     rows: tuple[BenchRow, ...]
 
 
+@dataclass(frozen=True)
+class RatioBar:
+    """A ratio to the base under its name; `width` is the bar's in percent of the track."""
+
+    name: str
+    ratio: float
+    verdict: str
+    width: float
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Bars beside each other on one scale; `even` is where 1x stands, in percent of the track."""
+
+    title: str
+    bars: tuple[RatioBar, ...]
+    even: float
+
+
 def bench_html(report: BenchReport) -> str:
     """Return the benchmark as a page that stands alone: every row, plots of the ratios, machine and versions."""
     page = page_template("bench.html.jinja")
@@ -29,29 +49,38 @@ def bench_html(report: BenchReport) -> str:
     found = [CaseRows(name, tuple(rows)) for name, rows in grouped]
     return page.render(
         report=report,
+        heading=_heading(report),
         cases=found,
-        case_charts=[_chart(case.name or "all", [(row.label, row.speedup) for row in case.rows]) for case in found],
-        layer_charts=[_layer_charts(layer) for layer in report.layers],
+        case_ratios=[
+            _ratios(case.name or "all", [(row.label, row.speedup, row.verdict) for row in case.rows]) for case in found
+        ],
+        layer_ratios=[_layer_ratios(layer) for layer in report.layers],
+        refused=by_reason(pair for layer in report.layers for pair in layer.refused),
     )
 
 
-def _layer_charts(layer: LayerBench) -> tuple[Chart, ...]:
+def _heading(report: BenchReport) -> str:
+    """Name what was timed: the models, or single layers."""
+    if not report.rows:
+        random = all(row.layer == "random" for layer in report.layers for row in layer.rows)
+        return f"Benchmark: single layers{', random weights' if random else ''}"
+    names = list(dict.fromkeys(row.label.partition(", ")[0] for row in report.rows))
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"Benchmark: {', '.join(names[:MOST_NAMES])}{more}"
+
+
+def _layer_ratios(layer: LayerBench) -> tuple[Ratios, ...]:
     """One chart a token count: the speedup of every kernel over dense."""
     charts = []
     for tokens, rows in groupby(layer.rows, key=lambda row: row.tokens):
-        found: Sequence[LayerRow] = [row for row in rows if row.kernel != "dense"]
-        title = f"{tokens:,} token{'' if tokens == 1 else 's'}"
-        charts.append(_chart(title, [(row.kernel, row.speedup) for row in found]))
+        title = f"{tokens:,} token{'' if tokens == 1 else 's'}: speedup over dense"
+        found = [(row.kernel, row.speedup, row.verdict.split(":")[0]) for row in rows if row.kernel != "dense"]
+        charts.append(_ratios(title, found))
     return tuple(charts)
 
 
-def _chart(title: str, ratios: Sequence[tuple[str, float]]) -> Chart:
-    """Draw ratios as bars around the line of 1x."""
-    top = chart_top(max((ratio for _, ratio in ratios), default=1.0))
-    slot = (WIDTH - LEFT) / max(len(ratios), 4)
-    bars = tuple(
-        chart_bar((index, slot), ratio, top, "win" if ratio > 1 else "lose", f"{name}: {ratio:.2f}x")
-        for index, (name, ratio) in enumerate(ratios)
-    )
-    lines = (GridLine(chart_y(0.0, top), "0"), GridLine(chart_y(1.0, top), "1x", "even"))
-    return Chart(title, WIDTH, 120.0, bars, (*lines, GridLine(chart_y(top, top), f"{top:g}x")))
+def _ratios(title: str, found: Sequence[tuple[str, float, str]]) -> Ratios:
+    """Set ratios side by side on a scale that starts at 0 and holds 1x."""
+    top = chart_top(max([1.0, *(ratio for _, ratio, _ in found)]))
+    bars = tuple(RatioBar(name, ratio, verdict, round(100 * ratio / top, 2)) for name, ratio, verdict in found)
+    return Ratios(title, bars, round(100 / top, 2))

@@ -1,5 +1,6 @@
 """The whole-model timing: order, medians and words, with a clock that follows a script."""
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -96,6 +97,20 @@ def test_the_plot_is_a_png_or_svg_that_shows_labels_and_figures(tmp_path: Path) 
     assert "sparse 2:4" in text
     assert "6 ms, 1.67x" in text
     assert "faster" in text
+
+
+def test_no_whisker_of_the_plot_reaches_below_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    found: list[tuple[list[float], list[float]]] = []
+    draw = axes.barh
+
+    def barh(self: object, names: object, width: list[float], **more: object) -> object:
+        found.append(more["xerr"])  # type: ignore[arg-type]
+        return draw(self, names, width, **more)
+
+    monkeypatch.setattr(axes, "barh", barh)
+    plot([dataclasses.replace(ROWS[0], median_ms=2.0, spread=3.0)], tmp_path / "rows.svg")
+    assert found == [([2.0], [3.0])]
 
 
 def test_the_plot_refuses_other_files_no_rows_and_a_missing_folder(tmp_path: Path) -> None:

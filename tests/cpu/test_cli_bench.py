@@ -203,3 +203,19 @@ def test_the_page_shows_every_row_the_machine_and_reasons_as_text_never_as_marku
         assert words in page
     assert "<i>" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_names_every_bar_and_is_green_only_where_something_is_faster() -> None:
+    rows = tuple(
+        BenchRow(f"model-{n}, CUDA graph", 2.0, 0.1, ratio, 0.0, verdict, 9)
+        for n, (ratio, verdict) in enumerate(((1.0, "base"), (1.5, "faster"), (1.4, "too noisy to tell")))
+    )
+    page = bench_html(BenchReport(rows=rows, inputs="batch 1; batch 8"))
+    assert "<h1>Benchmark: model-0, model-1, model-2</h1>" in page
+    bars = page.split('class="ratio"')[1:]
+    assert [f'class="who">model-{n}, CUDA graph<' in bar for n, bar in enumerate(bars)] == [True] * 3
+    assert ["bar win" in bar for bar in bars] == [False, True, False]
+    alone = bench_html(dataclasses.replace(full_report(), rows=()))
+    assert "<h1>Benchmark: single layers</h1>" in alone
+    both = dataclasses.replace(full_report(), layers=full_report().layers * 2)
+    assert bench_html(both).count("no &lt;i&gt; here") == 1
