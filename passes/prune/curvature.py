@@ -81,28 +81,29 @@ class DenseCurvature:
         return DenseCurvature(stack, stack.new_zeros(len(stack)))
 
     @cached_property
+    def _cholesky(self) -> tuple[Tensor, bool]:
+        lower, failed = torch.linalg.cholesky_ex(self.matrix)
+        return lower, not bool(failed.any())
+
+    def is_definite(self) -> bool:
+        """Say whether every H is positive definite; what this computes is kept for `factor`."""
+        return self._cholesky[1]
+
+    @property
     def factor(self) -> Tensor:
         """Lower Cholesky factors, like `matrix`.
 
         Raises:
             SingularGramError: an H is not positive definite.
         """
-        lower: Tensor
-        lower, failed = torch.linalg.cholesky_ex(self.matrix)
-        if bool(failed.any()):
+        if not self.is_definite():
             raise SingularGramError("the curvature is not positive definite; damp it")
-        return lower
+        return self._cholesky[0]
 
     @cached_property
-    def inverse(self) -> Tensor:
-        """Return H⁻¹ like `matrix`: for scores only, steps are solved for."""
-        inverse: Tensor = torch.cholesky_inverse(self.factor)
-        return inverse
-
-    @cached_property
-    def _eigenvalues(self) -> Tensor:
+    def _largest(self) -> Tensor:
         values: Tensor = torch.linalg.eigvalsh(self.matrix)
-        return values
+        return values[:, -1]
 
     def product(self, vectors: Tensor) -> Tensor:
         """See `Curvature`."""
@@ -126,11 +127,7 @@ class DenseCurvature:
 
     def largest(self) -> Tensor:
         """See `Curvature`."""
-        return self._eigenvalues[:, -1]
-
-    def smallest(self) -> Tensor:
-        """Return (problems or 1,) the smallest eigenvalue of H."""
-        return self._eigenvalues[:, 0]
+        return self._largest
 
     def dense(self) -> Tensor:
         """See `Curvature`."""
@@ -160,7 +157,7 @@ class DenseCurvature:
             ridge = used * mean
             matrix = self.matrix + torch.diag_embed(ridge[:, None].expand(-1, self.matrix.shape[1]))
             raised = replace(self, matrix=matrix, ridge=ridge, notes=tuple(notes))
-            if not bool(torch.linalg.cholesky_ex(matrix).info.any()):
+            if raised.is_definite():
                 return raised if used else self
             higher = used * 10 or FIRST_DAMP
             notes.append(f"the curvature is indefinite at damp {used:g}: raised to {higher:g}")
