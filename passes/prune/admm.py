@@ -38,7 +38,7 @@ class Spectrum:
         return _inverse_or_zero(self.scale)
 
     def inverse(self, penalty: float) -> Tensor:
-        """Return (H + penalty I)⁻¹ (in, in) float32 multiplied out in float64."""
+        """Return (H + penalty I)⁻¹ (in, in) float32, multiplied out in float64."""
         return ((self.vectors / (self.values + penalty)) @ self.vectors.t()).float()
 
 

@@ -78,7 +78,9 @@ class ALPS:
         return Needs.GRAM
 
     def prune(self, layer: LayerProblem) -> LayerSolution:
-        """Select by ADMM and polish. `stats` hold "damp", "dead_inputs", "admm_iterations" and the last "rho".
+        """Select by ADMM and polish; where nothing is to go, return the weight as it is, without `stats`.
+
+        `stats` hold "damp", "dead_inputs", "admm_iterations" and the last "rho".
 
         Raises:
             DataError: the problem carries no Gram matrix.
