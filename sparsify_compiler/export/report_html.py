@@ -7,7 +7,7 @@ from sparsify_compiler.errors import ExportError
 from sparsify_compiler.export.page import page_template
 from sparsify_compiler.export.report import FileReport, Report
 from sparsify_compiler.export.report_charts import error_charts, speed_charts
-from sparsify_compiler.export.report_rounds import anew, missing, share
+from sparsify_compiler.export.report_rounds import ERRORS, anew, missing, share
 from sparsify_compiler.export.report_rows import (
     best_timings,
     eligible_kernels,
@@ -43,6 +43,7 @@ def report_html(report: Report) -> str:
         share=share,
         missing=missing,
         anew=anew,
+        errors=ERRORS,
         speed_charts=speed_charts(report),
         highest_error=max((site.relative_error or 0.0 for site in report.sites), default=0.0) or 1.0,
     )

@@ -9,6 +9,11 @@ from sparsify_compiler.export.report import Report, RoundReport
 from sparsify_compiler.export.report_rows import number, printable
 from sparsify_compiler.export.report_table import Column, small, table
 
+ERRORS = (
+    "errors = sum of the sites' relative errors on the round's batches: in the first round against the layers' own "
+    "inputs, then against the dense model, which is more."
+)
+
 
 def rounds_table(report: Report, width: int) -> Iterable[RenderableType]:
     """Yield one line a round for a terminal of `width` columns; nothing where the network was pruned once."""
@@ -27,7 +32,7 @@ def rounds_table(report: Report, width: int) -> Iterable[RenderableType]:
     ]
     yield from table(f"Rounds: {len(rounds)}", columns, width)
     decides = f"the lowest {rounds[0].measure} on {rounds[0].data} decides"
-    yield small(Text(printable(f"{decides}; errors = sum of the sites' relative errors on the calibration data.")))
+    yield small(Text(printable(f"{decides}. {ERRORS}")))
 
 
 def missing(value: float | None) -> str:

@@ -119,6 +119,8 @@ def recipe_words(recipe: str) -> tuple[str, ...]:
     if not isinstance(rules, list):
         return (recipe,)
     words = [_rule_words(rule) for rule in rules]
+    if table.get("rounds", 1) != 1:
+        words.append(f"{table['rounds']} rounds, the best on held-out data kept")
     if table.get("keep_dense"):
         words.append(f"dense: {', '.join(table['keep_dense'])}")
     return tuple(words)

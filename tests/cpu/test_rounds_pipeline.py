@@ -139,6 +139,7 @@ def test_rounds_are_in_the_report_and_its_drawings_and_old_reports_load() -> Non
     assert report_from_json(report.to_json()) == report
     for drawing in (report_text(report), report_html(report)):
         assert "Rounds" in drawing
+        assert "2 rounds, the best on held-out data kept" in drawing
         assert "batches, prefix, Gram, targets" in drawing
     table = dataclasses.asdict(report)
     del table["rounds"]
