@@ -136,4 +136,4 @@ def token_tiles(x: Tensor, width: int, columns: int) -> Tensor:
     tokens, in_ = x.shape
     padding = (0, columns - in_, 0, -tokens % width)
     padded = functional.pad(x, padding) if any(padding) else x
-    return padded.reshape(-1, width, columns).transpose(1, 2).contiguous()
+    return padded.reshape(padded.shape[0] // width, width, columns).transpose(1, 2).contiguous()

@@ -1,8 +1,21 @@
 """Fixtures of the CPU tests."""
 
+import functools
+
 import pytest
 
+from sparsify_compiler.pipeline import torch as pipeline
+from sparsify_compiler.pipeline.tuning import Tuner
+from sparsify_compiler.runtime.tuning.candidates import Budget
 from sparsify_compiler.runtime.tuning.selftest import Outcome, SelfTest
+
+QUICK = Budget(seconds=0.02, least_rounds=3, variant_seconds=0.1)
+
+
+@pytest.fixture(autouse=True)
+def quickly_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure kernels of compiled models for a moment only: who wins here says nothing, and is asserted nowhere."""
+    monkeypatch.setattr(pipeline, "Tuner", functools.partial(Tuner, budget=QUICK))
 
 
 @pytest.fixture(autouse=True)

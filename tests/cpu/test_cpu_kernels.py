@@ -91,6 +91,14 @@ def test_empty_and_full_rows_and_an_empty_weight_are_computed(kernel: Kernel) ->
 
 
 @every
+def test_a_weight_without_columns_gives_the_bias(kernel: Kernel) -> None:
+    packed = format_for(Block(4, 4)).pack(draw(8, 0), torch.zeros(8, 0, dtype=torch.bool), Block(4, 4))
+    prepared = kernel.prepare(packed, spec_for(packed, (1,)))
+    for tokens in (0, 1, 40):
+        assert torch.equal(kernel.run(prepared, draw(tokens, 0), draw(8)), draw(8).expand(tokens, 8))
+
+
+@every
 def test_inputs_and_biases_of_any_strides_give_the_same_result(kernel: Kernel) -> None:
     packed = pack(Block(4, 4), 12, 8)
     prepared = kernel.prepare(packed, spec_for(packed, (1,)))
@@ -153,7 +161,7 @@ def test_infinity_and_nan_pass_as_in_a_dense_product_of_the_kept_weights() -> No
 def test_what_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     spec = MatmulSpec(64, 64, torch.bfloat16, Block(16, 16), 0.1, (1,), CPU)
     for kernel in COMPILED:
-        assert "computes in float32 alone" in (kernel.rejects(spec) or "")
+        assert "runs float32 alone" in (kernel.rejects(spec) or "")
         moved = dataclasses.replace(spec, device=torch.device("cuda", 0))
         assert "runs on cpu; found cuda" in (kernel.rejects(moved) or "")
     single = dataclasses.replace(spec, dtype=torch.float32)
