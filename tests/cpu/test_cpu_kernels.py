@@ -175,6 +175,7 @@ def test_what_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, fr
     assert "multiples of 4; found 6x4" in (block.rejects(odd) or "")
     huge = dataclasses.replace(single, out=2**20, in_=2**20)
     assert "do not fit int32" in (KERNELS[0].rejects(huge) or "")
+    cpu_compiled.unavailable.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "Numba is not installed: pip install 'sparsify-compiler[cpu]'" in (KERNELS[0].rejects(single) or "")
     monkeypatch.undo()
