@@ -40,6 +40,7 @@ class Rule:
     refit: bool = True
 
     def __post_init__(self) -> None:
+        _check_kinds(self.sites, self.pattern, self.method)
         if not 0 <= self.sparsity < 1:
             raise RecipeError(f"rule {self.sites!r}: sparsity {self.sparsity} must lie in [0, 1), the share removed")
         fixed = self.pattern.fixed_sparsity()
@@ -82,6 +83,17 @@ def matches(glob: str, site: str) -> bool:
     return glob == site or fnmatchcase(site, glob)
 
 
+def _check_kinds(sites: str, pattern: object, method: object) -> None:
+    """Refuse the words of a recipe file where Python takes objects. Raises RecipeError."""
+    if not isinstance(pattern, Pattern):
+        raise RecipeError(
+            f'rule {sites!r}: pattern must be a Pattern: parse_pattern("2:4"); found {pattern!r}'
+        )
+    if isinstance(method, type) or not hasattr(method, "needs"):
+        found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise RecipeError(f"rule {sites!r}: method must be an object, such as SparseGPT(); found {found}")
+
+
 def make_rule(
     sites: str,
     pattern: Pattern,
@@ -92,8 +104,10 @@ def make_rule(
     """Build a rule, the sparsity taken from the pattern where the pattern implies one.
 
     Raises:
-        RecipeError: the pattern implies no sparsity and none was given, or the two disagree.
+        RecipeError: the pattern implies no sparsity and none was given, the two disagree, or a word stands where an
+            object should.
     """
+    _check_kinds(sites, pattern, method)
     if sparsity is None:
         sparsity = pattern.fixed_sparsity()
     if sparsity is None:

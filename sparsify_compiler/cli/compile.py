@@ -55,7 +55,7 @@ def compile_verb(
     debug: opt.Debug = False,
 ) -> None:
     """Prune MODEL, check it, and write OUT/: model.onnx, model.safetensors, report.html and report.json."""
-    with guard(debug, RESUME):
+    with guard(debug, lambda: _resumable(output)):
         Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
         dense = tuple(keep_dense or ())
         chosen = RecipeChoice(recipe, method, pattern, sparsity, dense, refit=not no_refit, rounds=rounds).recipe()
@@ -91,7 +91,7 @@ def demo_verb(
     debug: opt.Debug = False,
 ) -> None:
     """Prune SmolLM2-135M to 2:4 with SparseGPT on text that comes along, export it, check it, show the report."""
-    with guard(debug, RESUME):
+    with guard(debug, lambda: _resumable(output)):
         request = demo_request(output, windows, sequence_length, resume, overwrite)
         Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
         with draw_progress(Console(stderr=True)) as progress:
@@ -126,6 +126,11 @@ def report_verb(artefact: opt.Artefact, debug: opt.Debug = False) -> None:
     with guard(debug):
         console = Console(highlight=False)
         console.print(render_report(read_report(artefact), console.width))
+
+
+def _resumable(output: Path) -> str:
+    """Say how to go on after an interruption, where there is anything to go on from."""
+    return RESUME if Workspace(output, overwrite=True).has_segments() else ""
 
 
 def _show(report: Report, output: Path) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -18,8 +18,8 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def guard(debug: bool, interrupted: str = "") -> Iterator[None]:
-    """Run a verb. `interrupted` says how to go on after Ctrl-C; with `debug` the traceback comes before the sentence.
+def guard(debug: bool, interrupted: Callable[[], str] = str) -> Iterator[None]:
+    """Run a verb. `interrupted` says, after Ctrl-C, how to go on; `debug` puts the traceback before the sentence.
 
     A failing disk or no memory left are the user's to act on, as `SparsifyError` is. Everything else passes through.
     """
@@ -35,7 +35,7 @@ def guard(debug: bool, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt as error:
         if debug:
             traceback.print_exception(error)
-        _say(f"interrupted{f'; {interrupted}' if interrupted else ''}")
+        _say("; ".join(filter(None, ("interrupted", interrupted()))))
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -135,16 +135,17 @@ def run_model(model: Path, inputs: Path, output: Path) -> tuple[str, ...]:
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Read named arrays; nothing is unpickled. Raises DataError."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"inputs {str(path)!r}: not an .npz, or cut short; write the inputs by name with numpy.savez")
     try:
         with path.open("rb") as file:  # numpy itself would leave a damaged file open
             arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise DataError(f"inputs {str(path)!r}: one array without a name; write an .npz with numpy.savez")
             return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise DataError(f"inputs {str(path)!r}: no such file; give an .npz of the model's inputs by name") from None
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"inputs {str(path)!r}: not an .npz of plain arrays, or cut short ({error})") from None
+        why = "it holds Python objects" if "pickle" in str(error) else f"cut short? {error}"
+        raise DataError(f"inputs {str(path)!r}: not an .npz of plain arrays ({why})") from None
 
 
 def read_report(artefact: Path) -> Report:

@@ -29,6 +29,10 @@ class Workspace:
             raise ExportError(f"{output} holds files that compile did not write; choose another folder")
         self._kept = resume
 
+    def has_segments(self) -> bool:
+        """Say whether finished segments lie there for `--resume`."""
+        return any(self.segments.glob("segment-*.safetensors"))
+
     def start(self) -> None:
         """Create the partial folder, emptied unless a run is resumed. Raises ExportError."""
         try:
@@ -55,7 +59,7 @@ class Workspace:
     def abandon(self) -> bool:
         """Drop the unfinished files; keep finished segments for a resumed run. Says whether any were kept."""
         shutil.rmtree(self.files, ignore_errors=True)
-        if any(self.segments.glob("segment-*.safetensors")):
+        if self.has_segments():
             return True
         shutil.rmtree(self.root, ignore_errors=True)
         return False

@@ -14,7 +14,7 @@ from sparsify_compiler.errors import DataError
 from sparsify_compiler.sources.generated import generated_batches
 from sparsify_compiler.sources.images import ImageSet, Preprocess, array_images, read_images
 from sparsify_compiler.sources.images import stack as stack_images
-from sparsify_compiler.sources.models import FACTORY, Source, import_attribute
+from sparsify_compiler.sources.models import FACTORY, Source, call_factory, import_attribute
 from sparsify_compiler.sources.tensors import (
     LABELS,
     Choice,
@@ -218,11 +218,12 @@ def _from_images(
 
 def _from_factory(reference: str, source: Source, trust: bool, draw: Draw) -> Data:
     factory = import_attribute(reference, trust, "data")
-    made = factory() if callable(factory) else factory
+    made = call_factory(factory, reference, "data") if callable(factory) else factory
     if not isinstance(made, Iterable):
         raise DataError(f"data {reference!r}: the factory gave {type(made).__name__}; return an iterable of batches")
     where = f"data {reference!r}"
-    entries = list(made)
+    entries = call_factory(lambda: list(made), reference, "data")  # a generator runs only now
+    assert isinstance(entries, list)
     pairs = [_pair(entry, source) for entry in entries]
     batches = _checked([batch for batch, _ in pairs], where)
     labels = [label for _, label in pairs if label is not None]

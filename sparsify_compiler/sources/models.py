@@ -22,13 +22,29 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from sparsify_compiler.batches import Axis, Batch, InputSpec, forward_inputs
-from sparsify_compiler.errors import ModelError, TrustError
+from sparsify_compiler.errors import DataError, ModelError, TrustError, first_line
 from sparsify_compiler.frontends.onnx_file import read_model
 from sparsify_compiler.sources.huggingface import TokenizerFiles, find_tokenizer, load_folder, load_gguf
 
 Kind = Literal["hf", "gguf", "onnx", "pt2", "factory", "artefact", "module"]
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+RAISED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a factory's own code may raise of the kinds that Python has; a kind that it defines itself passes through."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +149,27 @@ def import_attribute(reference: str, trust: bool, what: str) -> object:
                 f"{what} {reference!r}: cannot import {module_name} ({error}); start in the folder that holds it, or "
                 "install it"
             ) from error
+        except RAISED as error:
+            raise ModelError(
+                f"{what} {reference!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; "
+                "correct it there"
+            ) from error
     if not hasattr(module, attribute):
         raise ModelError(f"{what} {reference!r}: the module {module_name} has no attribute {attribute!r}")
     found: object = getattr(module, attribute)
     return found
+
+
+def call_factory(factory: Callable[[], object], reference: str, what: str) -> object:
+    """Return what the factory makes. Raises DataError (`what` is "data") or ModelError where its own code fails."""
+    try:
+        return factory()
+    except RAISED as error:
+        kind = DataError if what == "data" else ModelError
+        raise kind(
+            f"{what} {reference!r}: the factory raised {type(error).__name__}: {first_line(error)}; correct it there "
+            "(--debug shows where)"
+        ) from error
 
 
 def _from_folder(reference: str, path: Path, trust: bool, load_artefact: Callable[[Path], nn.Module] | None) -> Source:
@@ -176,7 +209,7 @@ def _from_factory(reference: str, trust: bool) -> Source:
     factory = import_attribute(reference, trust, "model")
     if not callable(factory):
         raise ModelError(f"model {reference!r}: it is a {type(factory).__name__}, not a function that returns a module")
-    made = factory()
+    made = call_factory(factory, reference, "model")
     module, batches = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise ModelError(

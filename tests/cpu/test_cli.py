@@ -227,7 +227,7 @@ def fail(error: BaseException) -> object:
         (PatternError("layer 'a':\n does not tile"), 2, "error: layer 'a': does not tile\n"),
         (OSError(28, "No space left on device", "OUT/x"), 2, "cannot read or write 'OUT/x': No space left on device"),
         (MemoryError(), 2, "out of memory"),
-        (KeyboardInterrupt(), 130, "--resume to go on"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_a_failing_compile_says_one_sentence(
@@ -237,6 +237,25 @@ def test_a_failing_compile_says_one_sentence(
     found, said, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"))
     assert (found, said, complaint.count("\n")) == (status, "", 1)
     assert words in complaint
+
+
+def test_an_interruption_offers_to_resume_only_where_a_segment_was_finished(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli_compile, "compile_model", fail(KeyboardInterrupt()))
+    assert "--resume" not in invoke("compile", "m", "-o", str(tmp_path / "out"))[2]
+    (tmp_path / "out.partial" / "segments").mkdir(parents=True)
+    (tmp_path / "out.partial" / "segments" / "segment-0000.safetensors").touch()
+    status, _, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"))
+    assert status == 130
+    assert "--resume to go on" in complaint
+
+
+def test_text_given_to_run_is_called_no_npz_without_advice_from_numpy(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("some text", encoding="utf-8")
+    with pytest.raises(DataError, match=r"not an \.npz") as caught:
+        read_npz(tmp_path / "train.txt")
+    assert "pickle" not in str(caught.value)
 
 
 def test_debug_shows_the_traceback_before_the_sentence(

