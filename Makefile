@@ -47,7 +47,7 @@ clean:  ## remove .venv, caches and build outputs
 # torch goes first and alone, so that TORCH_INDEX decides where it comes from and nothing else does.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "needs Python 3.11 to 3.13; $(PYTHON) is %d.%d; choose one with make PYTHON=python3.12" % v)'
-	@echo "making .venv: about 1.6 GB and a few minutes with a CPU build of torch, several times that with a CUDA build"
+	@echo "making .venv: about 2.7 GB and a few minutes with a CPU build of torch, several times that with a CUDA build"
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint constraints.txt setuptools
 	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sparsify_compiler.cli import options as opt
 from sparsify_compiler.cli.guard import guard
-from sparsify_compiler.cli.jobs import compile_model, demo_request, export_artefact, read_report
+from sparsify_compiler.cli.jobs import artefact_fault, compile_model, demo_request, export_artefact, read_report
 from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.cli.requests import CompileRequest, DataChoice, ExportRequest, RecipeChoice, check_output
 from sparsify_compiler.export.report import Report
@@ -126,6 +126,8 @@ def report_verb(artefact: opt.Artefact, debug: opt.Debug = False) -> None:
     with guard(debug):
         console = Console(highlight=False)
         console.print(render_report(read_report(artefact), console.width))
+        if broken := artefact_fault(artefact):
+            _say(f"\nthe report is whole, the model beside it is not: {broken}")
 
 
 def _resumable(output: Path) -> str:

@@ -23,6 +23,7 @@ from sparsify_compiler.cli.requests import (
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import Quality, Report, report_from_json
+from sparsify_compiler.export.torch import DESCRIPTION, read_description
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.runtime.benchmark.report import BenchReport
@@ -161,6 +162,17 @@ def read_report(artefact: Path) -> Report:
         raise ModelError(f"{str(artefact)!r} has no report.json; give a folder that compile wrote") from None
     except (ValueError, KeyError, TypeError):
         raise ModelError(f"{str(path)!r} is damaged or of a newer version; compile the model again") from None
+
+
+def artefact_fault(folder: Path) -> str | None:
+    """Say what is wrong with the artefact's description in `folder`; None too where there is none (an ONNX input)."""
+    if not (folder / DESCRIPTION).exists():
+        return None
+    try:
+        read_description(folder)
+    except ModelError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _open(model: str, trust: bool, progress: Progress) -> Source:

@@ -112,19 +112,18 @@ def write_artefact(
     return packed
 
 
-def read_artefact(folder: Path) -> Artefact:
-    """Read an artefact of this version or an older one.
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read what an artefact says of itself, without its weights.
 
     Raises:
-        ModelError: not an artefact, a newer version, truncated, or weights and description that do not agree.
+        ModelError: not an artefact, a newer version, or damaged.
     """
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}; give a folder that compile wrote")
     try:
         table = json.loads((folder / DESCRIPTION).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{folder}: the artefact is damaged ({error}); compile it again") from None
     if (
         not isinstance(table, dict)
@@ -135,6 +134,21 @@ def read_artefact(folder: Path) -> Artefact:
     if table["version"] > VERSION:
         raise ModelError(f"{folder}: written as version {table['version']}; this release reads up to {VERSION}")
     _check(table, _TABLE, str(folder / DESCRIPTION))
+    found: dict[str, Any] = table
+    return found
+
+
+def read_artefact(folder: Path) -> Artefact:
+    """Read an artefact of this version or an older one.
+
+    Raises:
+        ModelError: not an artefact, a newer version, truncated, or weights and description that do not agree.
+    """
+    table = read_description(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: the artefact is damaged ({error}); compile it again") from None
     sites, packed = [], {}
     for name, entry in table["sites"].items():
         if table["version"] < 2:

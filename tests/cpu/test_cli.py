@@ -394,6 +394,12 @@ def test_report_shows_a_saved_report_and_names_a_missing_or_damaged_one(tmp_path
     (tmp_path / "report.json").write_text(REPORT.to_json(), encoding="utf-8")
     status, said, _ = invoke("report", str(tmp_path))
     assert (status, "1 pruned" in said) == (0, True)
+    assert "not:" not in said
+    (tmp_path / "sparsify.json").write_text("{}", encoding="utf-8")
+    status, said, _ = invoke("report", str(tmp_path))
+    assert status == 0
+    assert "the model beside it is not: " in said
+    assert "no model.safetensors" in said
 
 
 def test_export_writes_beside_the_artefact_unless_told_otherwise(

@@ -6,9 +6,9 @@ One line a weight and token count: dense in microseconds, then every kernel with
 machine is needed; the load before and after is printed.
 """
 
+import argparse
 import os
 import platform
-import sys
 
 import numba
 import torch
@@ -50,4 +50,6 @@ def main(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", type=float, nargs="?", default=1.0, help="a weight and token count, default 1")
+    main(parser.parse_args().seconds)
