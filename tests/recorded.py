@@ -4,9 +4,11 @@ A new kernel is one line in `cuda_kernels`.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from kernels import choose
 
@@ -14,7 +16,7 @@ from sparsify_compiler.kernel import Activation, Kernel, MatmulSpec
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.runtime.block.few_tokens import BlockDecode
 from sparsify_compiler.runtime.formats import format_for
-from sparsify_compiler.runtime.launch import Argument, Launcher, Program
+from sparsify_compiler.runtime.launch import Argument, Launcher, Program, compiler_options, source_text
 from sparsify_compiler.runtime.nm.nm24 import Nm24Mma
 from sparsify_compiler.runtime.nm.nm24_wgmma import Nm24Wgmma
 from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
@@ -43,10 +45,20 @@ def cuda_kernels(launcher: Launcher) -> tuple[tuple[Kernel, Pattern], ...]:
 
 
 @dataclass(frozen=True)
-class RecordingLauncher:
-    """A launcher that launches nothing and keeps the programs it was asked for."""
+class Launch:
+    """What a launcher was asked for, but for the arguments."""
 
-    programs: list[Program] = field(default_factory=list)
+    program: Program
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class RecordingLauncher:
+    """A launcher that launches nothing and keeps what it was asked for."""
+
+    launches: list[Launch] = field(default_factory=list)
 
     def unavailable(self) -> str | None:
         """None: it can always record."""
@@ -61,8 +73,8 @@ class RecordingLauncher:
         arguments: Sequence[Argument],
         device: torch.device,
     ) -> None:
-        """Keep the program."""
-        self.programs.append(program)
+        """Keep the request."""
+        self.launches.append(Launch(program, grid, threads, shared_bytes))
 
 
 def programs_of(
@@ -75,12 +87,12 @@ def programs_of(
     spec = MatmulSpec(out, in_, dtype, pattern, 0.5, TOKENS, torch.device("cpu"), HOPPER)
     prepared = kernel.prepare(packed, spec)
     large = dataclasses.replace(spec, out=14336)  # what a real layer would choose from; any variant runs any weight
-    launcher.programs.clear()
+    launcher.launches.clear()
     for tokens in TOKENS:
         for name in kernel.variants(large, tokens):
             chosen = dataclasses.replace(prepared, variants=f"{tokens}={name}" if name else "")
             kernel.run(chosen, torch.zeros(tokens, in_, dtype=dtype), None, activation)
-    return list(dict.fromkeys(launcher.programs))
+    return list(dict.fromkeys(launch.program for launch in launcher.launches))
 
 
 def all_programs(dtype: torch.dtype, activation: Activation | None = None) -> list[Program]:
@@ -91,3 +103,18 @@ def all_programs(dtype: torch.dtype, activation: Activation | None = None) -> li
         for kernel, pattern in cuda_kernels(launcher)
         for p in programs_of(kernel, pattern, dtype, activation, launcher)
     ]
+
+
+def build_log(program: Program, capability: tuple[int, int], *more: str) -> str:
+    """Compile a program with NVRTC for a GPU, with `more` options; return what it said, or fail the test."""
+    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    unit = nvrtc.createProgram(source_text(program.source), program.source, [], [])
+    try:
+        nvrtc.compileProgram(unit, (*compiler_options(program, capability), *more))
+        assert nvrtc.getCUBIN(unit)
+        log: str = nvrtc.getProgramLog(unit)
+    except nvrtc.NVRTCError:
+        pytest.fail(f"{program} for {capability}: {nvrtc.getProgramLog(unit)}")
+    finally:
+        nvrtc.destroyProgram(unit)
+    return log

@@ -1,15 +1,14 @@
 """The block kernel for few tokens: its order of the weight, its variants, and the kernel itself on the emulator."""
 
 import dataclasses
-import importlib
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from emulated import EmulatedLauncher
 from kernels import choose
+from recorded import RecordingLauncher, build_log
 
 from sparsify_compiler.errors import KernelError
 from sparsify_compiler.kernel import Activation, MatmulSpec, Packed
@@ -18,34 +17,13 @@ from sparsify_compiler.runtime.block.bands import cut_bands, grain_mask, merge_b
 from sparsify_compiler.runtime.block.few_tokens import BlockDecode, lane_order
 from sparsify_compiler.runtime.formats import BlockFormat, unpack
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.launch import Argument, CupyLauncher, Program, compiler_options, source_text
+from sparsify_compiler.runtime.launch import CupyLauncher
 from sparsify_compiler.runtime.oracle import difference
 
 LAUNCHER = EmulatedLauncher()
 KERNEL = BlockDecode(launcher=LAUNCHER)
 needs_compiler = pytest.mark.skipif(LAUNCHER.unavailable() is not None, reason=str(LAUNCHER.unavailable()))
 TILES = (Block(8, 8), Block(16, 16), Block(32, 32), Block(24, 40), Block(64, 16), Block(128, 128))
-
-
-@dataclasses.dataclass(frozen=True)
-class Recorder:
-    """A launcher that writes down what it should launch: programs and bytes of shared memory."""
-
-    launches: list[tuple[Program, int]] = dataclasses.field(default_factory=list)
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def launch(
-        self,
-        program: Program,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        arguments: Sequence[Argument],
-        device: torch.device,
-    ) -> None:
-        self.launches.append((program, shared_bytes))
 
 
 def pack(
@@ -208,21 +186,15 @@ def test_a_corrupted_value_is_noticed() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize(("pattern", "tokens"), [(Block(128, 128), 16), (Block(16, 16), 1), (Block(8, 8), 32)], ids=str)
 def test_the_source_compiles_for_gpus(pattern: Block, tokens: int, capability: tuple[int, int]) -> None:
-    recorder = Recorder()
+    recorder = RecordingLauncher()
     kernel = BlockDecode(launcher=recorder)
     packed = pack(pattern, 128, 2048, torch.bfloat16)
     variant = f"1=rows8.warps8.split{4 if capability >= (9, 0) else 1}.steps4"
     prepared = dataclasses.replace(kernel.prepare(packed, spec_for(packed, (tokens,))), variants=variant)
     kernel.run(prepared, torch.zeros(tokens, 2048, dtype=torch.bfloat16), None, "gelu")
-    ((program, shared_bytes),) = recorder.launches
-    assert shared_bytes <= 99 * 1024  # of one block, capabilities 8.6 and 8.9; 8.0 and 9.0 have more
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    unit = nvrtc.createProgram(source_text(program.source), "kernel.cu", [], [])
-    try:
-        nvrtc.compileProgram(unit, compiler_options(program, capability))
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(unit))
-    assert nvrtc.getCUBIN(unit)
+    (launch,) = recorder.launches
+    assert launch.shared_bytes <= 99 * 1024  # of one block, capabilities 8.6 and 8.9; 8.0 and 9.0 have more
+    build_log(launch.program, capability)
 
 
 def test_what_it_cannot_run_is_refused_in_words() -> None:

@@ -6,14 +6,13 @@ architecture only, for 8.0.
 """
 
 import functools
-import importlib
 
 import pytest
 import torch
 from emulated import CUDA, cluster_size
-from recorded import all_programs
+from recorded import all_programs, build_log
 
-from sparsify_compiler.runtime.launch import CupyLauncher, Program, compiler_options, source_text
+from sparsify_compiler.runtime.launch import CupyLauncher, Program, source_text
 
 MISSING = CupyLauncher().unavailable()
 needs_nvrtc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -41,16 +40,6 @@ def capabilities(program: Program) -> list[tuple[int, int]]:
     return [(9, 0), (8, 0)] if plain else [(9, 0)]
 
 
-def compile_program(program: Program, capability: tuple[int, int]) -> None:
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    unit = nvrtc.createProgram(source_text(program.source), program.source, [], [])
-    try:
-        nvrtc.compileProgram(unit, compiler_options(program, capability))
-    except nvrtc.NVRTCError:
-        pytest.fail(f"{program} for {capability}: {nvrtc.getProgramLog(unit)}")
-    assert nvrtc.getCUBIN(unit)
-
-
 def test_every_source_and_function_is_launched_by_some_kernel() -> None:
     found = programs(torch.float16)
     assert {program.source for program in found} == {path.name for path in CUDA.glob("*.cu")}
@@ -65,11 +54,11 @@ def test_sources_compile_for_the_gpus_they_are_launched_on(function: str) -> Non
     plain = [program for program in own if len(capabilities(program)) == 2]
     for program in dict.fromkeys((own[0], own[-1], brain[len(brain) // 2], *plain[:1])):
         for capability in capabilities(program):
-            compile_program(program, capability)
+            build_log(program, capability)
 
 
 @needs_nvrtc
 def test_a_source_that_does_not_compile_is_noticed() -> None:
     program = Program("nm24.cu", "nm24_direct")  # without its defines
     with pytest.raises(pytest.fail.Exception, match="TILES"):
-        compile_program(program, (9, 0))
+        build_log(program, (9, 0))

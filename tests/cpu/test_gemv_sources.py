@@ -1,19 +1,15 @@
 """The GEMV kernels' launches: they compile for every GPU generation and stay within what one holds."""
 
-import importlib
-import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 from kernels import choose
+from recorded import Launch, RecordingLauncher, build_log
 
 from sparsify_compiler.kernel import Kernel
 from sparsify_compiler.pattern import NM, Pattern, Unstructured
 from sparsify_compiler.runtime.formats import format_for
 from sparsify_compiler.runtime.kernels import spec_for
-from sparsify_compiler.runtime.launch import Argument, CupyLauncher, Program, compiler_options, source_text
+from sparsify_compiler.runtime.launch import CupyLauncher
 from sparsify_compiler.runtime.launch_limits import MOST_PASSES, token_slices
 from sparsify_compiler.runtime.nm.nm_gemv import NmGemv
 from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
@@ -21,31 +17,8 @@ from sparsify_compiler.runtime.unstructured.bitmap_gemv import BitmapGemv
 needs_nvrtc = pytest.mark.skipif(CupyLauncher().unavailable() is not None, reason=str(CupyLauncher().unavailable()))
 
 
-@dataclass(frozen=True)
-class Recorder:
-    """A launcher that writes down what it should launch."""
-
-    launches: list[tuple[Program, tuple[int, int, int], int, int]] = field(default_factory=list)
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def launch(
-        self,
-        program: Program,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        arguments: Sequence[Argument],
-        device: torch.device,
-    ) -> None:
-        self.launches.append((program, grid, threads, shared_bytes))
-
-
-def record(
-    pattern: Pattern, shape: tuple[int, int], tokens: int, dtype: torch.dtype, variant: str
-) -> tuple[Program, tuple[int, int, int], int, int]:
-    recorder = Recorder()
+def record(pattern: Pattern, shape: tuple[int, int], tokens: int, dtype: torch.dtype, variant: str) -> Launch:
+    recorder = RecordingLauncher()
     kernel: Kernel = NmGemv(launcher=recorder) if isinstance(pattern, NM) else BitmapGemv(launcher=recorder)
     weight = torch.randn(shape).to(dtype)
     packed = format_for(pattern).pack(weight, choose(pattern, weight, 0.8), pattern)
@@ -74,25 +47,21 @@ def record(
 def test_sources_compile(
     pattern: Pattern, tokens: int, dtype: torch.dtype, variant: str, capability: tuple[int, int]
 ) -> None:
-    program, grid, threads, _ = record(pattern, (40, 2048), tokens, dtype, variant)
-    assert threads in (32, 64, 128, 256, 512)
-    assert grid[0] % dict(program.defines)["SPLIT"] == 0
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    unit = nvrtc.createProgram(source_text(program.source), "kernel.cu", [], [])
-    try:
-        nvrtc.compileProgram(unit, compiler_options(program, capability))
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(unit))
-    assert nvrtc.getCUBIN(unit)
+    launch = record(pattern, (40, 2048), tokens, dtype, variant)
+    assert launch.threads in (32, 64, 128, 256, 512)
+    assert launch.grid[0] % dict(launch.program.defines)["SPLIT"] == 0
+    build_log(launch.program, capability)
 
 
 def test_shared_memory_stays_within_what_every_generation_has() -> None:
     limit = 99 * 1024  # of one block, capabilities 8.6 and 8.9; 8.0 and 9.0 have more
     for in_ in (4096, 14336, 40000):
         for tokens in (1, 2, 4, 8):
-            assert record(Unstructured(), (8, in_), tokens, torch.float16, f"split1.tokens{tokens}")[3] <= limit
+            assert (
+                record(Unstructured(), (8, in_), tokens, torch.float16, f"split1.tokens{tokens}").shared_bytes <= limit
+            )
     for warps in (4, 8, 16):
-        assert record(NM(2, 4), (8, 4096), 8, torch.float16, f"warps{warps}.split1.tokens8")[3] <= 48 * 1024
+        assert record(NM(2, 4), (8, 4096), 8, torch.float16, f"warps{warps}.split1.tokens8").shared_bytes <= 48 * 1024
 
 
 def test_more_tokens_than_a_grid_has_blocks_take_several_launches() -> None:

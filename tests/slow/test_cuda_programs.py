@@ -1,15 +1,14 @@
 """Every program of every CUDA kernel compiles as CuPy compiles it, and keeps its registers out of memory."""
 
 import functools
-import importlib
 import re
 
 import pytest
 import torch
 from emulated import CUDA, cluster_size
-from recorded import all_programs
+from recorded import all_programs, build_log
 
-from sparsify_compiler.runtime.launch import CupyLauncher, Program, compiler_options, source_text
+from sparsify_compiler.runtime.launch import CupyLauncher, Program, source_text
 
 MISSING = CupyLauncher().unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -17,18 +16,10 @@ ALLOWED_SPILL = 8
 """Bytes: ptxas gives up a register or two around the main loop where that lets one more block run beside."""
 
 
-def build_log(program: Program, capability: tuple[int, int]) -> str:
+def cupys_log(program: Program, capability: tuple[int, int]) -> str:
     """Compile with the options that CuPy 14 adds to ours (cupy/cuda/compiler.py); ptxas tells what it used."""
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
     added = ("-ftz=true", f"-arch=sm_{capability[0]}{capability[1]}", "--device-as-default-execution-space")
-    unit = nvrtc.createProgram(source_text(program.source), program.source, [], [])
-    try:
-        nvrtc.compileProgram(unit, (*compiler_options(program, capability), *added, "--ptxas-options=-v"))
-    except nvrtc.NVRTCError:
-        pytest.fail(f"{program} for {capability}: {nvrtc.getProgramLog(unit)}")
-    log: str = nvrtc.getProgramLog(unit)
-    nvrtc.destroyProgram(unit)
-    return log
+    return build_log(program, capability, *added, "--ptxas-options=-v")
 
 
 @functools.lru_cache(maxsize=2)
@@ -45,7 +36,7 @@ def test_all_programs_compile_without_spilling_or_losing_speed(source: str, dtyp
     for program in own:
         plain = cluster_size(program, source_text(program.source)) == (1, 1, 1) and not program.features
         for capability in ((9, 0), (8, 0)) if plain else ((9, 0),):
-            log = build_log(program, capability)
+            log = cupys_log(program, capability)
             spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
             # ptxas numbers its remarks: C7508 and C7510 say that setmaxnreg or overlapping products were given up.
             remarks = re.findall(r"\(C\d+\).*", log)
