@@ -9,6 +9,7 @@ from sparsify_compiler.passes.prune.elimination import SINGLE
 from sparsify_compiler.passes.prune.kept import factor_kept, solve_kept
 from sparsify_compiler.passes.prune.quadratic import DampedQuadratic, damped_quadratic, tile_of
 from sparsify_compiler.passes.prune.refit import refit
+from sparsify_compiler.passes.prune.swap_gains import disjoint_swaps, swap_gains
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Pruner
 
@@ -20,8 +21,8 @@ CPU_BYTES, GPU_BYTES = 1 << 26, 1 << 30
 class Swapped:
     """Prune with `inner`, then refine its mask by swaps: CBS (Yu et al. 2022) and SparseSwaps, from the Gram matrix.
 
-    Each row (the rows of a tile together) swaps kept tiles for removed ones, within the group under N:M, at most
-    `rounds` times and as long as the best swap gains more than `least_gain` of the row's loss. A swap's gain is exact
+    Each row (the rows of a tile together) swaps kept tiles for removed ones, within the group under N:M, in at most
+    `rounds` rounds and as long as the best swap gains more than `least_gain` of the row's loss. A swap's gain is exact
     for the row re-solved to optimality before and after, see `swap_gains`; `damp` is the ridge of that loss as a share
     of the Gram's mean diagonal, raised tenfold (and noted) where a factorisation fails. A round makes up to
     `together` swaps of a row that share no tile, a quarter as many until they gain at least what the best alone does.
@@ -31,7 +32,7 @@ class Swapped:
     """
 
     inner: Pruner
-    rounds: int = 30
+    rounds: int = 10
     least_gain: float = 1e-3
     together: int = 64
     damp: float = 1e-6
@@ -57,7 +58,7 @@ class Swapped:
 def refine(
     layer: LayerProblem,
     solution: LayerSolution,
-    rounds: int = 30,
+    rounds: int = 10,
     least_gain: float = 1e-3,
     together: int = 64,
     damp: float = 1e-6,
@@ -138,7 +139,7 @@ class _Search:
         moment = self.quadratic.moment.view(-1, self.rows, tiles * self.cols)[lanes]
         kept, removed, gains, value = self._gains(keep, lanes, moment)
         loss = ((start - value) * moment).sum(dim=(1, 2))  # what is lost against the minimiser
-        order, partner, best = _disjoint(gains)
+        order, partner, best = disjoint_swaps(gains)
         worth = best > self.least_gain * loss[:, None]  # (n, removed), best first
         most = worth.sum(dim=1).clamp_max(self.together)
         new, count = keep.clone(), torch.zeros(n, dtype=torch.int64, device=keep.device)
@@ -182,9 +183,11 @@ class _Search:
         inner = torch.cholesky_solve(right.transpose(1, 2), part.lower)  # (n, K * cols, rows)
         value = torch.zeros_like(moment).scatter_(2, across, inner.transpose(1, 2))
         outside = (removed[:, :, None] * cols + torch.arange(cols, device=keep.device)).flatten(1)
-        cross = matrix[outside[:, :, None], part.columns[:, None, :]]  # (n, R * cols, K * cols)
+        dtype = torch.float32 if cols == 1 and matrix.shape[0] > SINGLE else torch.float64
+        cross = matrix.to(dtype)[outside[:, :, None], part.columns[:, None, :]]  # (n, R * cols, K * cols)
         cross.mul_(part.valid[:, None]).mul_(free.repeat_interleave(cols, 1)[:, :, None])
-        residual = moment.gather(2, outside[:, None].expand(-1, self.rows, -1)).transpose(1, 2) - cross @ inner
+        across = outside[:, None].expand(-1, self.rows, -1)
+        residual = (moment - value @ matrix).gather(2, across).transpose(1, 2)
         inverse = torch.cholesky_inverse(part.lower)
         gains = swap_gains(inverse, cross, _diagonal(matrix, outside, cols), inner, residual, cols)
         return kept, removed, gains.masked_fill_(~allowed, -torch.inf), value
@@ -194,68 +197,6 @@ def _diagonal(matrix: Tensor, columns: Tensor, cols: int) -> Tensor:
     """Return the diagonal blocks (n, tiles, cols, cols) of `matrix` at `columns` (n, tiles * cols)."""
     split = columns.view(len(columns), -1, cols)
     return matrix[split[:, :, :, None], split[:, :, None, :]]
-
-
-def swap_gains(inverse: Tensor, cross: Tensor, own: Tensor, weight: Tensor, residual: Tensor, cols: int) -> Tensor:
-    """Return what each swap of a kept tile I for a removed tile J gains, re-solved before and after: (n, R, K) float64.
-
-    For n lanes with kept columns Q and removed ones S: `inverse` M = (G_QQ)⁻¹ (n, Q, Q), `cross` G_SQ (n, S, Q), `own`
-    the diagonal blocks G_JJ (n, R, cols, cols), `weight` M b_Q (n, Q, rows), `residual` b_S − G_SQ w (n, S, rows).
-    Taking I out costs w_Iᵀ M_II⁻¹ w_I, turns the residual of J into r = r_J + A_JI M_II⁻¹ w_I with A = G_SQ M, and the
-    Schur complement of J into Z = Z_J + A_JI M_II⁻¹ A_JIᵀ, Z_J = G_JJ − (A G_QS)_JJ; putting J in then gains rᵀ Z⁻¹ r.
-    Single columns of more than `SINGLE` inputs are compared in float32.
-    """
-    if cols == 1:
-        return _single_gains(inverse, cross, own[:, :, 0, 0], weight, residual)
-    n, removed, rows = len(cross), own.shape[1], weight.shape[2]
-    blocks = inverse.view(n, -1, cols, inverse.shape[1] // cols, cols).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    factor = torch.linalg.cholesky(blocks)  # (n, K, cols, cols)
-    half = torch.linalg.solve_triangular(factor, weight.view(n, -1, cols, rows), upper=False)  # C⁻¹ w_I
-    product = cross @ inverse
-    by_tile = product.view(n, removed, cols, -1)
-    schur = own - torch.einsum("nrcq,nrdq->nrcd", by_tile, cross.view(n, removed, cols, -1))
-    pairs = product.view(n, removed, cols, -1, cols).permute(0, 1, 3, 2, 4)  # A_JI: (n, R, K, cols, cols)
-    lean = torch.linalg.solve_triangular(factor[:, None].mT, pairs, upper=True, left=False)  # A_JI C⁻ᵀ
-    after = torch.linalg.cholesky(schur[:, :, None] + lean @ lean.mT)
-    moved = residual.view(n, removed, 1, cols, rows) + lean @ half[:, None]
-    gained = torch.linalg.solve_triangular(after, moved, upper=False).square().sum(dim=(3, 4))
-    return torch.sub(gained, half.square().sum(dim=(2, 3))[:, None])
-
-
-def _single_gains(inverse: Tensor, cross: Tensor, own: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    narrow = cross.shape[1] + cross.shape[2] <= SINGLE
-    dtype = torch.float64 if narrow else torch.float32
-    pivots = inverse.diagonal(dim1=1, dim2=2)[:, :, None]
-    half = weight / pivots.sqrt()  # (n, K, rows)
-    cross, inverse = cross.to(dtype), inverse.to(dtype)
-    lean = cross @ inverse  # (n, R, K)
-    schur = own - (lean * cross).sum(dim=2, dtype=torch.float64)
-    floor = 1e-12 if narrow else 1e-6  # less is rounding, against a diagonal of 1
-    lean /= pivots.sqrt().transpose(1, 2).to(dtype)
-    # Summed over the rows: (r + a h)ᵀ(r + a h) = rᵀr + 2 a rᵀh + a² hᵀh, with a = lean and h = half.
-    mixed = (residual.to(dtype) @ half.to(dtype).transpose(1, 2)).mul_(lean).mul_(2)
-    square = lean.square_()
-    cost = half.square().sum(dim=2)[:, None].to(dtype)
-    mixed += residual.square().sum(dim=2)[:, :, None].to(dtype)
-    mixed.addcmul_(square, cost)
-    return mixed.div_(square.add_(schur.clamp_min(floor)[:, :, None].to(dtype))).sub_(cost).double()
-
-
-def _disjoint(gains: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose swaps that share no tile from `gains` (n, R, K): each removed tile's best partner, the best claim first.
-
-    Returns (n, R) each, best first: which removed tile (an index below R), which kept one, and the gain; those that
-    lost their partner to a better swap come last, with a gain of -inf. Ties: the lowest index first.
-    """
-    best, partner = gains.max(dim=2)
-    best, order = best.sort(dim=1, descending=True, stable=True)
-    partner = partner.gather(1, order)
-    rank = torch.arange(best.shape[1], device=best.device).expand_as(partner)
-    first = torch.full((len(gains), gains.shape[2]), best.shape[1], dtype=torch.int64, device=best.device)
-    first = first.scatter_reduce(1, partner, rank, "amin")
-    best = best.masked_fill(first.gather(1, partner) != rank, -torch.inf)
-    best, again = best.sort(dim=1, descending=True, stable=True)
-    return order.gather(1, again), partner.gather(1, again), best
 
 
 def _groups(layer: LayerProblem) -> Tensor | None:

@@ -26,7 +26,8 @@ from sparsify_compiler.passes.prune.quadratic import damped_quadratic, tile_of
 from sparsify_compiler.passes.prune.refit import refit
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
-from sparsify_compiler.passes.prune.swaps import Swapped, refine, swap_gains
+from sparsify_compiler.passes.prune.swap_gains import disjoint_swaps, swap_gains
+from sparsify_compiler.passes.prune.swaps import Swapped, refine
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, Needs, Pruner
@@ -202,10 +203,22 @@ def test_rows_that_keep_all_or_nothing_stay() -> None:
 
 def test_a_tie_of_two_claims_on_one_tile_goes_to_the_lowest_index() -> None:
     gains = torch.tensor([[[3.0, 1.0], [3.0, 2.0], [0.5, 1.5]]]).double()
-    order, partner, best = swaps._disjoint(gains)
+    order, partner, best = disjoint_swaps(gains)
+    # First tile 0 and tile 1 both claim partner 0: the lowest gets it. Then tile 1 claims partner 1 with more than 2.
     assert order[0].tolist() == [0, 2, 1]
-    assert partner[0].tolist() == [0, 1, 0]
+    assert partner[0].tolist()[:2] == [0, 1]
     assert best[0].tolist() == [3.0, 1.5, -float("inf")]
+
+
+def test_pairs_share_no_tile_and_start_with_the_best_swap() -> None:
+    gains = torch.randn(20, 9, 7, generator=torch.Generator().manual_seed(0)).double()
+    order, partner, best = disjoint_swaps(gains.clone())
+    for lane in range(20):
+        chosen = int((best[lane] > 0).sum())
+        assert chosen >= 3
+        assert len(set(order[lane, :chosen].tolist())) == len(set(partner[lane, :chosen].tolist())) == chosen
+        assert best[lane, 0] == gains[lane].max()
+        assert torch.equal(best[lane, :chosen], gains[lane, order[lane, :chosen], partner[lane, :chosen]])
 
 
 def test_inputs_that_never_fired_are_swapped_out() -> None:
