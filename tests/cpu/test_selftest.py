@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -51,12 +50,10 @@ def test_a_kernel_that_raises_what_nobody_expects_is_refused_with_its_last_words
 
 def test_a_kernel_that_hangs_is_given_up_after_the_limit() -> None:
     with SelfTest(FIND, step_seconds=3) as child:
-        start = time.perf_counter()
         outcome = child.test("hangs", spec(), False, None)
         assert outcome.refused is not None
         assert "hung for 3 s at variant 'only' of 77x" in outcome.refused
         assert not outcome.lasting
-        assert time.perf_counter() - start < 60  # the import of torch, and the limit
         assert child._child is None
 
 

@@ -17,8 +17,12 @@ from sparsify_compiler.export.report import Timing, report_from_json
 from sparsify_compiler.graph import MatmulLayout, Site
 from sparsify_compiler.passes.lower import Lowerable
 from sparsify_compiler.pattern import Unstructured
+from sparsify_compiler.pipeline import tuning
 from sparsify_compiler.pipeline.tuning import Tuner
+from sparsify_compiler.runtime.cpu.csr import TorchCsr
+from sparsify_compiler.runtime.dense import Dense
 from sparsify_compiler.runtime.layers.modules import SparseLinear
+from sparsify_compiler.runtime.tuning import verdicts as verdicts_module
 from sparsify_compiler.runtime.tuning.candidates import Budget
 from sparsify_compiler.runtime.tuning.selftest import SelfTest
 
@@ -48,7 +52,11 @@ def part(name: str, out: int = 24, in_: int = 40) -> Lowerable:
 
 
 @pytest.mark.usefixtures("child_processes")
-def test_equal_layers_are_measured_once_and_known_to_the_next_run(tmp_path: Path) -> None:
+def test_equal_layers_are_measured_once_and_known_to_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "kernels", lambda: (Dense(), TorchCsr()))  # those that nobody has to compile first
+    monkeypatch.setattr(verdicts_module, "MOST_SPREAD", float("inf"))  # a verdict of a busy machine is not kept
     parts = {"a": part("a"), "b": part("b"), "wide": part("wide", 24, 56)}
     patterns = dict.fromkeys(parts, Unstructured())
     told: list[tuple[str, int, int]] = []
