@@ -157,6 +157,7 @@ class _State:
         self._digests = digests
         if not self.best or heldout < self.rounds[self.best - 1].heldout:
             self.best, self.best_sites = number, dict(self._latest)
+            self._best_weights.clear()  # before the new copy is made
             self._best_weights = {site.name: self._graph.weight(site).cpu() for site in self._sites}
 
     def settled(self) -> bool:
