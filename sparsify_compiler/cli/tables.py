@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -41,7 +42,8 @@ def draw_inspection(model: str, inspection: Inspection, width: int) -> Renderabl
         Column("kernels", [_plain(_allowed(row.kernels)) for row in first], wrap=True, lift=True),
     ]
     title = f"{printable(model)}: {len(inspection.rows)} sites in {len(rows)} rows{folded}"
-    return Group(*table(title, columns, width, "--json"), *_reasons(inspection), *_estimates(inspection))
+    parts = (_runs(inspection), _reasons(inspection), _estimates(inspection))
+    return Group(*table(title, columns, width, "--json"), *chain.from_iterable(parts))
 
 
 def inspection_json(inspection: Inspection) -> str:
@@ -72,7 +74,7 @@ def _fold(rows: Sequence[SiteInspection]) -> Folded:
 def _same(row: SiteInspection) -> object:
     site = row.site
     what = (site.kind, site.shape, site.groups, site.refusal, site.dense_by_default, row.tokens)
-    return (*what, tuple(row.patterns.items()), tuple(row.kernels.items()))
+    return (*what, tuple(row.patterns.items()), tuple(row.kernels.items()), tuple(row.runs.items()))
 
 
 def _problem(row: SiteInspection) -> str:
@@ -82,6 +84,26 @@ def _problem(row: SiteInspection) -> str:
 
 def _allowed(choices: Mapping[str, str | None]) -> str:
     return ", ".join(name for name, reason in choices.items() if reason is None) or "none"
+
+
+def _runs(inspection: Inspection) -> Iterable[RenderableType]:
+    """Say of every pattern which sparse kernels could run it on this device."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for row in inspection.rows:
+        for pattern, kernels in row.runs.items():
+            found.setdefault((pattern, kernels), []).append(row.site.name)
+    if found:
+        yield Text("\nSparse kernels that could run, by pattern", style="bold")
+    for (pattern, kernels), names in sorted(found.items(), key=lambda entry: _place(entry[0][0], inspection)):
+        yield bullet(_plain(f"{pattern}: {', '.join(kernels) or 'none'} ({_where(names, inspection)})"))
+
+
+def _place(pattern: str, inspection: Inspection) -> int:
+    return [*inspection.rows[0].patterns].index(pattern)
+
+
+def _where(names: Sequence[str], inspection: Inspection) -> str:
+    return "every site" if len(names) == len(inspection.rows) > 1 else fold_names(names)
 
 
 def _reasons(inspection: Inspection) -> Iterable[RenderableType]:
@@ -101,8 +123,7 @@ def _reasons(inspection: Inspection) -> Iterable[RenderableType]:
     if found:
         yield Text("\nWhy not", style="bold")
     for reason, names in found.items():
-        every = len(names) == len(inspection.rows) > 1
-        yield bullet(_plain(f"{reason} ({'every site' if every else fold_names(names)})"))
+        yield bullet(_plain(f"{reason} ({_where(names, inspection)})"))
 
 
 def _refused(row: SiteInspection) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ REFIT_PRODUCTS = 70
 class SiteInspection:
     """One site: rows its input would give over all batches, and per pattern and kernel None or the reason against.
 
-    A kernel has none where it runs one of the patterns that fit; which of them it takes, and how fast, compile finds.
+    A kernel has none where it runs one of the patterns that fit; `runs` has, by pattern that fits, the sparse kernels
+    that take it. How fast they are, compile finds.
     """
 
     site: Site
     tokens: int
     patterns: Mapping[str, str | None]
     kernels: Mapping[str, str | None]
+    runs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,7 @@ def inspect_graph(
     """
     counts, seconds = _count(graph, batches[0])
     rows = tuple(
-        SiteInspection(
-            site,
-            counts.get(site.reads, 0) * len(batches),
-            {str(pattern): site.refusal or pattern.misfit(site.out, site.in_, site.run) for pattern in PATTERNS},
-            _kernels(site, tokens, dtype, device),
-        )
+        _site_inspection(site, counts.get(site.reads, 0) * len(batches), _specs(site, tokens, dtype, device))
         for site in graph.sites
     )
     rule = make_rule("*", Unstructured(), METHODS["sparsegpt"](), 0.5)
@@ -117,13 +114,22 @@ def _count(graph: Graph, batch: Batch) -> tuple[dict[str, int], float]:
     return counts, time.perf_counter() - start
 
 
-def _kernels(site: Site, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    """Ask every kernel whether it would take the site at half its weights in one of the patterns that fit it."""
+def _site_inspection(site: Site, rows: int, specs: Sequence[MatmulSpec]) -> SiteInspection:
+    """Ask every kernel whether it would take the site at half its weights in each of the patterns that fit it."""
+    patterns = {str(pattern): site.refusal or pattern.misfit(site.out, site.in_, site.run) for pattern in PATTERNS}
     conv = not isinstance(site.layout, MatmulLayout) and len(site.shape) != 4
     refusal = site.refusal or ("only 2-d convolutions have a sparse layer" if conv else None)
     if refusal is not None:
-        return {kernel.name: None if kernel.name == "dense" else refusal for kernel in kernels()}
-    specs = [
+        against = {kernel.name: None if kernel.name == "dense" else refusal for kernel in kernels()}
+        return SiteInspection(site, rows, patterns, against)
+    sparse = [kernel for kernel in kernels() if kernel.name != "dense"]
+    runs = {str(spec.pattern): tuple(k.name for k in sparse if k.rejects(spec) is None) for spec in specs}
+    return SiteInspection(site, rows, patterns, {k.name: _against(k, specs) for k in kernels()}, runs)
+
+
+def _specs(site: Site, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[MatmulSpec]:
+    """Describe the site's product at half its weights in each of the patterns that fit it."""
+    return [
         MatmulSpec(
             out=site.out,
             in_=site.in_,
@@ -138,7 +144,6 @@ def _kernels(site: Site, tokens: tuple[int, ...], dtype: torch.dtype, device: to
         for pattern in PATTERNS
         if pattern.misfit(site.out, site.in_, site.run) is None
     ]
-    return {kernel.name: _against(kernel, specs) for kernel in kernels()}
 
 
 def _against(kernel: Kernel, specs: Sequence[MatmulSpec]) -> str | None:
@@ -152,7 +157,10 @@ def _against(kernel: Kernel, specs: Sequence[MatmulSpec]) -> str | None:
         return None
     counts = Counter(map(without_found, reasons))
     rarest = min(reversed(counts), key=lambda stem: counts[stem], default="no pattern fits")
-    return next((reason for reason in reasons if without_found(reason) == rarest), rarest)
+    same = {reason for reason in reasons if without_found(reason) == rarest}
+    if len(same) > 1:  # what was found differs: it is the pattern
+        return f"{rarest}; found {', '.join(str(spec.pattern) for spec in specs)}"
+    return next(iter(same), rarest)
 
 
 def _rate(device: torch.device) -> float:
