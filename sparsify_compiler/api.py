@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -189,7 +190,8 @@ def export(
                 os.replace(file, output.parent / file.name)
     except OSError as error:
         raise ExportError(f"cannot write {output}: {error.strerror or error}") from None
-    return written
+    inputs = "generated inputs" if batch is None else "the batch given"
+    return replace(written, verification=replace(written.verification, inputs=inputs))
 
 
 def run(path: Path | str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:

@@ -92,6 +92,7 @@ class Verification:
     """The exported file run in ONNX Runtime against the torch model (or the dense-zeros ONNX graph).
 
     `difference` is max |y − y'| / max |y'| over the outputs; the file fails above `tolerance`. `ran` False: `reason`.
+    `inputs` names what it was run on, "" in reports of older versions.
     """
 
     ran: bool
@@ -99,6 +100,7 @@ class Verification:
     tolerance: float
     provider: str
     reason: str = ""
+    inputs: str = ""
 
 
 @dataclass(frozen=True)

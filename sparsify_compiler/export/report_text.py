@@ -123,7 +123,8 @@ def verification_words(checked: Verification) -> str:
     if not checked.ran or checked.difference is None:
         return f"not run: {checked.reason}"
     return (
-        f"{'passed' if checked.difference <= checked.tolerance else 'FAILED'} in {checked.provider}: largest "
+        f"{'passed' if checked.difference <= checked.tolerance else 'FAILED'} in {checked.provider}"
+        f"{f' on {checked.inputs}' if checked.inputs else ''}: largest "
         f"difference {checked.difference:.2g} of the largest output, allowed {checked.tolerance:.2g}"
         f"{f' ({checked.reason})' if checked.reason else ''}"
     )

@@ -74,6 +74,11 @@ class Job:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    @property
+    def checked_inputs(self) -> str:
+        """Name what the exported file is run on: the first of the batches."""
+        return "generated inputs" if self.generated else "the first calibration batch"
+
     def prune(self, graph: Graph) -> tuple[tuple[Decision, ...], dict[str, SiteOutcome]]:
         """Decide every site and prune the graph front to back, from a checkpoint where one is resumed.
 
@@ -131,6 +136,8 @@ class Job:
         statistics, boundaries = estimate.statistics_bytes, estimate.boundary_bytes
         last = max((d.site.segment for d in walk.decisions if d.rule is not None), default=0)
         self.progress(f"prune (about {size(statistics + boundaries)} of statistics and activations)", 0, last + 1)
+        if not statistics + boundaries:  # a method that reads no data
+            return
         self.notes.append(
             f"estimated before pruning: {size(statistics)} for the statistics of the largest segment and "
             f"{size(boundaries)} for the values between segments of {len(walk.batches)} batches, beside the model"

@@ -1,12 +1,14 @@
 """Compile an ONNX file: prune its graph through ONNX Runtime, correct moments, pack, write, verify."""
 
+import dataclasses
 from pathlib import Path
 
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, VerificationError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_packed_onnx
 from sparsify_compiler.export.report import Report
 from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.passes.moments import correct_moments
+from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.site_reports import site_reports
 
@@ -46,7 +48,13 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
     with job.stage("export ONNX"):
         target = job.workspace.files / "model.onnx"
         flavour = job.options.onnx_flavour
-        written = write_packed_onnx(graph.model, job.batches[0], expected, target, sites, flavour)
+        pruned = (site for site in graph.sites if site.name in outcomes)
+        grown = {site.name: growth(dense.weight(site), graph.weight(site)) for site in pruned}
+        try:
+            written = write_packed_onnx(graph.model, job.batches[0], expected, target, sites, flavour)
+        except VerificationError as error:
+            raise explained(error, grown) from None
     job.notes.extend(written.notes)
+    checked = dataclasses.replace(written.verification, inputs=job.checked_inputs)
     rows = site_reports(decisions, outcomes, {}, why, {}, written.forms, job.options)
-    return job.workspace.output / "model.onnx", job.report(rows, quality, written.files, written.verification)
+    return job.workspace.output / "model.onnx", job.report(rows, quality, written.files, checked)

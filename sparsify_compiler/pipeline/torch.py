@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call, to_device
-from sparsify_compiler.errors import KernelError
+from sparsify_compiler.errors import KernelError, VerificationError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
 from sparsify_compiler.export.report import FileReport, Report, Verification
 from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
@@ -23,6 +23,7 @@ from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pattern import parse_pattern
+from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
@@ -64,7 +65,10 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
         lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
     )
     _move(pruned.module, torch.device("cpu"))  # the files are written and checked there
-    packed, files, verification, forms = _write(job, pruned, verdicts, reference)
+    try:
+        packed, files, verification, forms = _write(job, pruned, verdicts, reference)
+    except VerificationError as error:
+        raise explained(error, _growths(model, pruned)) from None
     _move(pruned.module, device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
     tuner = _tuner(job, device)
@@ -255,7 +259,15 @@ def _write(
         )
         job.progress("export ONNX", 1, 1)
     job.notes.extend(written.notes)
-    return packed, [*files, *written.files], written.verification, written.forms
+    checked = dataclasses.replace(written.verification, inputs=job.checked_inputs)
+    return packed, [*files, *written.files], checked, written.forms
+
+
+def _growths(model: nn.Module | ExportedProgram, pruned: Pruned) -> dict[str, float]:
+    """Return by how much the largest weight of every pruned site grew."""
+    dense = model if isinstance(model, nn.Module) else model.module()
+    firsts = {name: site.parameters[0] for name, site in pruned.sites.items()}
+    return {name: growth(dotted(dense, first), dotted(pruned.module, first)) for name, first in firsts.items()}
 
 
 def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
