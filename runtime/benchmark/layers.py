@@ -21,7 +21,8 @@ class LayerRow:
     """One kernel on one layer at one token count; times are medians in microseconds.
 
     `limit_us` is the least time the ceilings allow for this weight's kept values (for dense: all), `of_limit` the
-    share of that limit which was reached, in (0, 1]. `weight_bytes` is the packed (for dense: the dense) weight.
+    share of that limit which was reached, above 1 where the weight stayed in a cache. `weight_bytes` is the packed
+    (for dense: the dense) weight.
     """
 
     layer: str

@@ -157,7 +157,7 @@ def outcome_key(case: Case) -> Key:
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the software that a figure depends on, as plain values."""
     here: dict[str, Any] = {"libraries": dict(_libraries()), "sources": sources_hash()}
-    here["float32"] = torch.get_float32_matmul_precision()
+    here["float32"] = float32_precision()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         here["device"] = [properties.name, properties.major, properties.minor, properties.multi_processor_count]
@@ -166,6 +166,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     here["device"] = [device.type, processor(), last_level_cache(device)]
     here["threads"] = torch.get_num_threads()
     return here
+
+
+def float32_precision() -> list[str]:
+    """Say how exactly PyTorch is asked to multiply float32."""
+    try:
+        return [torch.get_float32_matmul_precision()]
+    except RuntimeError:  # chosen through the newer settings, beside which PyTorch refuses to read the older one
+        return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1)

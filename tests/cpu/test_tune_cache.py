@@ -22,6 +22,7 @@ from sparsify_compiler.runtime.tuning.cache import (
     DiskCache,
     default_folder,
     environment,
+    float32_precision,
     layer_key,
     outcome_key,
     sources_hash,
@@ -133,6 +134,19 @@ def test_a_change_of_any_source_of_runtime_is_another_release(tmp_path: Path, na
     sources_hash.cache_clear()
     (changed / name).write_bytes((changed / name).read_bytes() + b"\n")
     assert sources_hash(changed) != sources_hash(RUNTIME)
+
+
+def test_a_precision_chosen_through_pytorchs_newer_settings_is_read() -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this PyTorch has only the older setting")
+    before = float32_precision()
+    assert before == [torch.get_float32_matmul_precision()]
+    torch.backends.fp32_precision = "tf32"
+    try:
+        assert float32_precision() != before
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert float32_precision() == before
 
 
 def test_the_environment_names_versions_sources_and_the_machine() -> None:
