@@ -36,12 +36,15 @@ def copies(size: int, cache: int, free: int) -> tuple[int, str]:
     >>> copies(10, 100, 100_000)
     (20, '')
     >>> copies(10, 100, 1000)
-    (6, 'weights partly in the cache: 6 of 20 copies')
+    (6, 'weights partly in the cache: too little free memory for copies')
     """
     size = max(size, 1)
     needed = max(1, math.ceil(2 * cache / size))
     count = min(needed, MOST_COPIES, 1 + int(free * SHARE_OF_FREE / size))
-    return count, "" if count == needed else f"weights partly in the cache: {count} of {needed} copies"
+    if count == needed:
+        return count, ""
+    why = f"{MOST_COPIES} copies are the most" if count == MOST_COPIES else "too little free memory for copies"
+    return count, f"weights partly in the cache: {why}"
 
 
 def prepared_bytes(prepared: Prepared) -> int:

@@ -161,9 +161,9 @@ def test_copies_outgrow_the_cache_twice_within_a_share_of_the_memory() -> None:
     assert copies(30, 100, free) == (7, "")  # 210 >= 200
     assert copies(500, 100, free) == (1, "")
     assert copies(0, 100, free) == (MOST_COPIES - 56, "")
-    assert copies(1, 10_000, free) == (MOST_COPIES, f"weights partly in the cache: {MOST_COPIES} of 20000 copies")
-    assert copies(10, 100, 1000) == (6, "weights partly in the cache: 6 of 20 copies")
-    assert copies(10, 100, 0) == (1, "weights partly in the cache: 1 of 20 copies")
+    assert copies(1, 10_000, free) == (MOST_COPIES, f"weights partly in the cache: {MOST_COPIES} copies are the most")
+    assert copies(10, 100, 1000) == (6, "weights partly in the cache: too little free memory for copies")
+    assert copies(10, 100, 0) == (1, "weights partly in the cache: too little free memory for copies")
     assert copies(10, 0, 0) == (1, "")
 
 
