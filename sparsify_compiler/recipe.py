@@ -86,9 +86,7 @@ def matches(glob: str, site: str) -> bool:
 def _check_kinds(sites: str, pattern: object, method: object) -> None:
     """Refuse the words of a recipe file where Python takes objects. Raises RecipeError."""
     if not isinstance(pattern, Pattern):
-        raise RecipeError(
-            f'rule {sites!r}: pattern must be a Pattern: parse_pattern("2:4"); found {pattern!r}'
-        )
+        raise RecipeError(f'rule {sites!r}: pattern must be a Pattern: parse_pattern("2:4"); found {pattern!r}')
     if isinstance(method, type) or not hasattr(method, "needs"):
         found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise RecipeError(f"rule {sites!r}: method must be an object, such as SparseGPT(); found {found}")
