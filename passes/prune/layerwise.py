@@ -74,12 +74,30 @@ def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
 @contextmanager
 def _whole_float32() -> Iterator[None]:
     """Multiply float32 in float32, whatever the program around chose: TF32 and bfloat16 spoil second moments."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a program that chose by PyTorch's newer settings is refused by the older ones
+        with _newer_settings_whole():
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _newer_settings_whole() -> Iterator[None]:
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _record(problem: LayerProblem, solution: LayerSolution, seconds: float) -> ProblemRecord:

@@ -78,7 +78,7 @@ def test_a_step_towards_the_dense_outputs_beats_the_first_round_on_new_inputs() 
     for seed in range(4):
         problem = later(seed=seed)
         assert problem.start is not None
-        before, after = problem.loss(problem.start), IOBS().prune(problem).loss
+        before, after = problem.loss(problem.start), IOBS(step=1.0).prune(problem).loss
         assert before is not None
         assert after is not None
         gained.append(after < before)
@@ -88,7 +88,7 @@ def test_a_step_towards_the_dense_outputs_beats_the_first_round_on_new_inputs() 
 def test_on_the_same_data_a_full_step_is_a_fixed_point_up_to_damping() -> None:
     # The trap of the docstring: nothing differs from the first round, so neither does the result.
     problem = problem_of(Case(Unstructured(), 0.5, 16, 24))
-    method = IOBS(damp=1e-8)
+    method = IOBS(step=1.0, damp=1e-8)
     first = method.prune(problem)
     again = method.prune(replace(problem, start=first.weight))
     assert torch.equal(again.keep, first.keep)
