@@ -290,6 +290,23 @@ def test_statistics_and_solves_run_in_whole_float32_whatever_the_caller_chose() 
     assert set(Spy.seen) == {"highest"}
 
 
+def test_a_program_that_chose_by_the_newer_settings_is_served_and_left_as_it_was() -> None:
+    class NewSpy(Magnitude):
+        seen: ClassVar[list[str]] = []
+
+        def prune(self, layer: LayerProblem) -> LayerSolution:
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return super().prune(layer)
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        prune_layerwise(walk_of(seeded(Mlp), mlp_batches(), NewSpy())[1])
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(NewSpy.seen) == {"ieee"}
+
+
 def test_a_second_round_starts_from_the_pruned_weights_and_measures_against_the_dense_ones() -> None:
     batches = mlp_batches()
     graph, first = walk_of(seeded(Mlp), batches)
