@@ -137,15 +137,13 @@ def test_a_change_of_any_source_of_runtime_is_another_release(tmp_path: Path, na
 
 
 def test_a_precision_chosen_through_pytorchs_newer_settings_is_read() -> None:
-    if not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("this PyTorch has only the older setting")
     before = float32_precision()
-    assert before == [torch.get_float32_matmul_precision()]
-    torch.backends.fp32_precision = "tf32"
+    assert before == ["highest"]
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         assert float32_precision() != before
     finally:
-        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
     assert float32_precision() == before
 
 
