@@ -286,7 +286,7 @@ def _words(route: Parts, instead: Parts, measured: Measured) -> str:
     memory = sum(measured.size_bytes.get(component, 0) for component in each) / max(measured.size_bytes[DENSE], 1)
     beside = "" if instead == single(DENSE) else f", {over.speedup:.2f}x over {routed_name(instead)} alone"
     words = f"{name}: {_figure(gain)} over {_list(measured.tokens)} tokens{beside}"
-    return f"{words}, keeping {memory:.2f}x the dense weight's bytes"
+    return f"{words}, keeping at most {memory:.2f}x the dense weight's bytes"
 
 
 def _list(tokens: tuple[int, ...]) -> str:
