@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, SingularGramError
+from sparsify_compiler.errors import CalibrationError, DataError, PatternError, SingularGramError
+from sparsify_compiler.problem import Gram, LayerProblem
 
 LARGEST_DAMP = 1.0
 """The damping past which a factorisation is given up: the ridge then equals the mean diagonal."""
@@ -259,3 +260,20 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=1).sqrt()
+
+
+def checked_gram(layer: LayerProblem, method: str) -> Gram:
+    """Return the Gram matrix that `method` needs, for a weight that its pattern fits.
+
+    Raises:
+        PatternError: the pattern does not fit the weight.
+        DataError: the problem carries no Gram matrix.
+    """
+    out, in_ = layer.weight.shape
+    if reason := layer.pattern.misfit(out, in_, layer.run):
+        raise PatternError(f"layer {layer.name!r}: {reason}")
+    if layer.gram is None:
+        raise DataError(
+            f"layer {layer.name!r}: {method} needs a Gram matrix, found none; give calibration data or choose magnitude"
+        )
+    return layer.gram

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, DataError, PatternError
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.passes.prune.admm import Descent, Schedule, Spectrum, descend, exponent, scaled_spectrum
-from sparsify_compiler.passes.prune.algebra import MaskedLeastSquares, solve_masked_cg
+from sparsify_compiler.passes.prune.algebra import MaskedLeastSquares, checked_gram, solve_masked_cg
 from sparsify_compiler.pattern import Scope
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs
 
@@ -88,21 +88,16 @@ class ALPS:
             SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
             PatternError: a pattern that does not fit the weight.
         """
+        gram = checked_gram(layer, self.name)
         out, in_ = layer.weight.shape
-        if reason := layer.pattern.misfit(out, in_, layer.run):
-            raise PatternError(f"layer {layer.name!r}: {reason}")
-        if layer.gram is None:
-            raise DataError(
-                f"layer {layer.name!r}: alps needs a Gram matrix, found none; give calibration data or choose magnitude"
-            )
-        spectrum = self._spectrum(layer.name, layer.gram)
+        spectrum = self._spectrum(layer.name, gram)
         if not layer.pattern.removed(out, in_, layer.sparsity, layer.run, self.scope):
             loss = layer.loss(layer.weight)
             keep = torch.ones_like(layer.weight, dtype=torch.bool)
             return LayerSolution(layer.weight.float().clone(), keep, loss, loss, notes=spectrum.notes)
-        moment = _moment(layer, layer.gram, spectrum)
+        moment = _moment(layer, gram, spectrum)
         descent = self._descend(layer, spectrum, moment)
-        weight = self._polish(layer.gram, spectrum, moment, descent)
+        weight = self._polish(gram, spectrum, moment, descent)
         loss = layer.loss(weight)
         stats = {
             "damp": spectrum.damp,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, DataError, PatternError
-from sparsify_compiler.passes.prune.algebra import damped_cholesky
+from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.passes.prune.algebra import checked_gram, damped_cholesky
 from sparsify_compiler.pattern import Block, Pattern
 from sparsify_compiler.problem import LayerProblem
 
@@ -67,14 +67,7 @@ def damped_quadratic(layer: LayerProblem, damp: float, method: str) -> DampedQua
         SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
         PatternError: a pattern that does not fit the weight.
     """
-    out, in_ = layer.weight.shape
-    if reason := layer.pattern.misfit(out, in_, layer.run):
-        raise PatternError(f"layer {layer.name!r}: {reason}")
-    gram = layer.gram
-    if gram is None:
-        raise DataError(
-            f"layer {layer.name!r}: {method} needs a Gram matrix, found none; give calibration data or choose magnitude"
-        )
+    gram = checked_gram(layer, method)
     try:
         shared = gram.cached(f"inverse at damp {damp!r}, unit diagonal", lambda: _shared(gram.matrix, damp))
     except CalibrationError as error:  # SingularGramError is one

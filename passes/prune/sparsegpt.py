@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import CalibrationError, DataError, PatternError
-from sparsify_compiler.passes.prune.algebra import InverseFactor, inverse_factor
+from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.passes.prune.algebra import InverseFactor, checked_gram, inverse_factor
 from sparsify_compiler.pattern import NM, Block, Pattern, keep_largest
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs
 
@@ -60,20 +60,13 @@ class SparseGPT:
             SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
             PatternError: a pattern that does not fit the weight.
         """
-        out, in_ = layer.weight.shape
-        if reason := layer.pattern.misfit(out, in_, layer.run):
-            raise PatternError(f"layer {layer.name!r}: {reason}")
-        if layer.gram is None:
-            raise DataError(
-                f"layer {layer.name!r}: sparsegpt needs a Gram matrix, found none; "
-                "give calibration data or choose magnitude"
-            )
-        factor = self._factor(layer.name, layer.gram)
+        gram = checked_gram(layer, self.name)
+        factor = self._factor(layer.name, gram)
         columns = layer.weight.t().float().contiguous().clone()  # (in, out): an update touches whole rows of memory
         columns[factor.dead] = 0.0
         choose = _chooser(layer, factor.dead)
         removed = torch.zeros_like(columns, dtype=torch.bool)
-        for pieces in _spans(layer.pattern, in_, layer.run, self.block_columns):
+        for pieces in _spans(layer.pattern, len(columns), layer.run, self.block_columns):
             _sweep(columns, removed, factor.upper, pieces, choose)
         keep = ~removed.t()
         weight = columns.t().contiguous()

@@ -12,7 +12,7 @@ from sparsify_compiler.pattern import Pattern
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.runtime.benchmark.decoder import Decoder, DecoderConfig
 from sparsify_compiler.runtime.benchmark.layers import random_layer
-from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare
+from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare, module_bytes
 from sparsify_compiler.runtime.formats import unpack
 from sparsify_compiler.runtime.graphs import graphed
 from sparsify_compiler.runtime.kernels import spec_for
@@ -86,7 +86,7 @@ def bench_decode(
     dense = Decoder(config, dense_linear, embedding, head, case.batch, case.context)
     sparse = Decoder(config, sparse_linear, embedding, head, case.batch, case.context)
     ways, notes = _ways((("dense", dense), ("sparse", sparse)), case, compiled)
-    sizes = {label: _bytes(sparse if label.startswith("sparse") else dense) for label, _ in ways}
+    sizes = {label: module_bytes(sparse if label.startswith("sparse") else dense) for label, _ in ways}
     words = f"decode, batch {case.batch}, context {case.context}, {config.layers} layers"
     rows = compare(
         ways,
@@ -170,10 +170,3 @@ def _check_memory(config: DecoderConfig, case: DecodeCase) -> None:
             f"a dense and a sparse decoder of {config.layers} layers need up to {needed / 2**30:.1f} GiB; "
             f"{free / 2**30:.1f} GiB are free on {case.device}; measure fewer layers (about {fits} fit)"
         )
-
-
-def _bytes(model: nn.Module) -> int:
-    """Bytes on the model's own device: what offloaded layers keep in host memory is not counted."""
-    home = next(model.parameters()).device
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == home]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.runtime.tuning.timing import Words, compare_pairs, spread
@@ -123,6 +124,21 @@ def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise DataError(f"cannot write the plot {path}: {error.strerror}; choose another place") from None
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes that the parameters and buffers of a module hold on its own device, shared ones once.
+
+    The device is that of the first parameter: what offloaded sparse layers keep in host memory is not counted.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    home = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor.device == home
+    }
+    return sum(storages.values())
 
 
 def _seconds(call: Callable[[], object], device: torch.device | None, clock: Clock) -> float:

@@ -13,7 +13,7 @@ from sparsify_compiler.batches import Batch, call_arguments, named_tensors, to_d
 from sparsify_compiler.errors import DataError, ModelError, first_line
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.pipeline.forwards import forward_of
-from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare
+from sparsify_compiler.runtime.benchmark.models import BenchRow, Measured, compare, module_bytes
 from sparsify_compiler.runtime.benchmark.report import BenchReport
 from sparsify_compiler.runtime.graphs import graphed
 from sparsify_compiler.runtime.machine import describe_machine
@@ -232,12 +232,3 @@ def size_bytes(source: Source) -> int:
         return 0
     files = [source.path] if source.path.is_file() else source.path.glob("model*.safetensors")
     return sum(file.stat().st_size for file in files)
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers, shared ones once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    return sum(storages.values())
