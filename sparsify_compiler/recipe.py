@@ -6,10 +6,11 @@
     method = "sparsegpt"
     options = { damp = 0.01 }
 
-A line `rounds = 3` above the rules prunes the network three times and keeps the round that is best on held-out data.
-The first rule that matches a site decides. A rule whose `sites` is the name of a site names it outright, and then also
-prunes a site that is dense by default (an output head). A name that holds wildcards of its own, such as blocks[0], is
-first read letter by letter.
+A line `rounds = 3` above the rules prunes the network three times and keeps the round that is best on held-out data;
+`dense_targets = true` measures layer errors against the dense model's outputs in the first round as well. Tables such
+as [distill] add the steps of `steps`, with their settings. The first rule that matches a site decides. A rule whose
+`sites` is the name of a site names it outright, and then also prunes a site that is dense by default (an output head).
+A name that holds wildcards of its own, such as blocks[0], is first read letter by letter.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from sparsify_compiler.errors import PatternError, RecipeError
 from sparsify_compiler.pattern import Pattern, parse_pattern
 from sparsify_compiler.problem import Pruner
+from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct, Step
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Rule:
     """Prune the sites whose name matches the glob `sites` to `pattern` with `method`.
 
     `sparsity` in [0, 1) is the share removed; an N:M pattern implies it. `refit` re-solves the kept weights to
-    optimality on the final mask wherever a Gram matrix is at hand.
+    optimality on the final mask wherever a Gram matrix is at hand. `swaps` is how many rounds of 1-swap search improve
+    the method's mask before that (0: none); it reads the Gram matrix.
     """
 
     sites: str
@@ -38,9 +41,12 @@ class Rule:
     method: Pruner
     sparsity: float
     refit: bool = True
+    swaps: int = 0
 
     def __post_init__(self) -> None:
         _check_kinds(self.sites, self.pattern, self.method)
+        if self.swaps < 0:
+            raise RecipeError(f"rule {self.sites!r}: swaps {self.swaps} must be at least 0, rounds of the mask search")
         if not 0 <= self.sparsity < 1:
             raise RecipeError(f"rule {self.sites!r}: sparsity {self.sparsity} must lie in [0, 1), the share removed")
         fixed = self.pattern.fixed_sparsity()
@@ -64,18 +70,41 @@ class Recipe:
     """Rules in order of precedence, and globs of sites that stay dense whatever the rules say.
 
     The whole network is pruned `rounds` times (at least 1) and the best round on held-out data stays; see
-    `passes.prune.rounds`.
+    `passes.prune.rounds`. `dense_targets` gives the first round, too, targets from the dense model. The steps are None
+    where they are not taken; `finetune` stands between rounds.
     """
 
     rules: tuple[Rule, ...]
     keep_dense: tuple[str, ...] = ()
     rounds: int = 1
+    dense_targets: bool = False
+    allocate: Allocate | None = None
+    permute: Permute | None = None
+    finetune: FineTune | None = None
+    reconstruct: Reconstruct | None = None
+    distill: Distill | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise RecipeError(f"the recipe: rounds is {self.rounds}, the number of times to prune: at least 1")
         if not self.rules:
             raise RecipeError("the recipe has no rule; add a [[rule]] with sites, pattern and method")
+        if self.finetune is not None and self.rounds < 2:
+            raise RecipeError("the recipe: finetune stands between rounds, and there is one; add rounds = 3, say")
+
+    def steps(self) -> dict[str, Step]:
+        """Return the steps that are taken, by the names of their tables."""
+        return {word: step for word in STEPS if (step := getattr(self, word)) is not None}
+
+
+STEPS: dict[str, type[Step]] = {
+    "allocate": Allocate,
+    "permute": Permute,
+    "finetune": FineTune,
+    "reconstruct": Reconstruct,
+    "distill": Distill,
+}
+"""The tables of steps that a recipe file may hold."""
 
 
 def matches(glob: str, site: str) -> bool:
@@ -98,6 +127,7 @@ def make_rule(
     method: Pruner,
     sparsity: float | None = None,
     refit: bool = True,
+    swaps: int = 0,
 ) -> Rule:
     """Build a rule, the sparsity taken from the pattern where the pattern implies one.
 
@@ -110,7 +140,7 @@ def make_rule(
         sparsity = pattern.fixed_sparsity()
     if sparsity is None:
         raise RecipeError(f"rule {sites!r}: pattern {pattern} needs a sparsity, the share removed, such as 0.5")
-    return Rule(sites=sites, pattern=pattern, method=method, sparsity=sparsity, refit=refit)
+    return Rule(sites=sites, pattern=pattern, method=method, sparsity=sparsity, refit=refit, swaps=swaps)
 
 
 def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
@@ -123,7 +153,7 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"the recipe is not TOML: {error}") from None
-    _known(table, {"rule", "keep_dense", "rounds"}, "the recipe")
+    _known(table, {"rule", "keep_dense", "rounds", "dense_targets", *STEPS}, "the recipe")
     rules = table.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise RecipeError("the recipe: write each rule as a table [[rule]]")
@@ -133,8 +163,10 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
     rounds = table.get("rounds", 1)
     if isinstance(rounds, bool) or not isinstance(rounds, int):
         raise RecipeError(f"the recipe: rounds must be a whole number, found {rounds!r}")
+    targets = _typed(table, "dense_targets", bool, "the recipe", default=False)
     parsed = tuple(_parse_rule(rule, number, methods) for number, rule in enumerate(rules, 1))
-    return Recipe(parsed, tuple(keep_dense), rounds)
+    steps = {word: _parse_step(word, table[word]) for word in STEPS if word in table}
+    return Recipe(parsed, tuple(keep_dense), rounds, targets, **cast(dict[str, Any], steps))
 
 
 def format_recipe(recipe: Recipe) -> str:
@@ -142,6 +174,11 @@ def format_recipe(recipe: Recipe) -> str:
     lines = [f"keep_dense = {_toml(list(recipe.keep_dense))}"] if recipe.keep_dense else []
     if recipe.rounds != 1:
         lines.append(f"rounds = {recipe.rounds}")
+    if recipe.dense_targets:
+        lines.append("dense_targets = true")
+    for word, step in recipe.steps().items():
+        body = ", ".join(f"{key} = {_toml(value)}" for key, value in dataclasses.asdict(step).items())
+        lines.append(f"{word} = {{ {body} }}")
     for rule in recipe.rules:
         lines += ["", "[[rule]]", f"sites = {_toml(rule.sites)}", f"pattern = {_toml(str(rule.pattern))}"]
         if rule.pattern.fixed_sparsity() is None:
@@ -149,6 +186,8 @@ def format_recipe(recipe: Recipe) -> str:
         lines.append(f"method = {_toml(rule.method.name)}")
         if not rule.refit:
             lines.append("refit = false")
+        if rule.swaps:
+            lines.append(f"swaps = {rule.swaps}")
         if options := method_options(rule.method):
             body = ", ".join(f"{key} = {_toml(value)}" for key, value in options.items())
             lines.append(f"options = {{ {body} }}")
@@ -167,7 +206,7 @@ def _toml(value: Any) -> str:
 
 def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[Any]]) -> Rule:
     where = f"rule {number}"
-    _known(table, {"sites", "pattern", "sparsity", "method", "refit", "options"}, where)
+    _known(table, {"sites", "pattern", "sparsity", "method", "refit", "swaps", "options"}, where)
     sites = _typed(table, "sites", str, where, default="*")
     method_name = _typed(table, "method", str, where)
     if method_name not in methods:
@@ -180,11 +219,29 @@ def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[A
     try:
         pattern = parse_pattern(_typed(table, "pattern", str, where))
         method = methods[method_name](**options)
-        return make_rule(sites, pattern, method, sparsity, _typed(table, "refit", bool, where, default=True))
+        refit, swaps = _typed(table, "refit", bool, where, default=True), _typed(table, "swaps", int, where, default=0)
+        return make_rule(sites, pattern, method, sparsity, refit, swaps)
     except PatternError as error:
         raise RecipeError(f"{where}: {error}") from None
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: method {method_name!r} refuses its options {options}: {error}") from None
+
+
+def _parse_step(word: str, table: object) -> Step:
+    kind = STEPS[word]
+    if not isinstance(table, dict):
+        raise RecipeError(f"the recipe: write {word} as a table [{word}], found {table!r}")
+    _known(table, {field.name for field in dataclasses.fields(kind)}, f"[{word}]")
+    for field in dataclasses.fields(kind):
+        given, default = table.get(field.name, field.default), field.default
+        whole = isinstance(default, bool) or not isinstance(default, float)
+        fits = type(given) is type(default) if whole else type(given) in (int, float)
+        if not fits:
+            raise RecipeError(f"[{word}]: {field.name} must be like {default!r}, found {given!r}")
+    try:
+        return kind(**table)
+    except ValueError as error:
+        raise RecipeError(f"[{word}]: {error}") from None
 
 
 def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:

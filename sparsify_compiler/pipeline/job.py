@@ -17,7 +17,7 @@ import torch
 from sparsify_compiler.batches import Batch, named_tensors
 from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.checkpoint import Checkpoint, digest
-from sparsify_compiler.errors import DataError, ModelError
+from sparsify_compiler.errors import DataError, ModelError, RecipeError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report import FileReport, Quality, Report, RoundReport, SiteReport, Verification
 from sparsify_compiler.export.report_rows import size
@@ -85,6 +85,8 @@ class Job:
         Raises:
             DataError: a method needs data and none was given.
         """
+        if missing := [*self.recipe.steps(), *(["dense_targets"] if self.recipe.dense_targets else [])]:
+            raise RecipeError(f"the recipe asks for {missing[0]}, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
         needing = sorted({d.rule.method.name for d in decisions if d.rule and d.rule.method.needs is not Needs.NOTHING})
         if self.generated and needing:

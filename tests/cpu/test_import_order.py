@@ -18,6 +18,7 @@ ORDER = (
     ("pattern",),
     ("progress",),
     ("problem", "kernel"),
+    ("steps",),
     ("recipe",),
     ("graph",),
     ("plan",),

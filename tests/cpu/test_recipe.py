@@ -14,6 +14,7 @@ from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Unstructured
 from sparsify_compiler.problem import Pruner
 from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, method_options, parse_recipe
+from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct
 
 globs = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
 methods: st.SearchStrategy[Pruner] = st.one_of(
@@ -65,6 +66,22 @@ def test_a_recipe_reads_as_its_documentation_says() -> None:
     )
 
 
+def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
+    recipe = Recipe(
+        (make_rule("*", NM(2, 4), Magnitude(), swaps=3),),
+        rounds=2,
+        dense_targets=True,
+        allocate=Allocate("owl", 0.05),
+        permute=Permute(3),
+        finetune=FineTune(2, 1e-4, 4, masked=True),
+        reconstruct=Reconstruct(),
+        distill=Distill(reselect=2),
+    )
+    assert parse_recipe(format_recipe(recipe), METHODS) == recipe
+    assert parse_recipe(RULE + "[distill]\nrate = 0.001", METHODS).distill == Distill(rate=0.001)
+    assert parse_recipe(RULE, METHODS).steps() == {}
+
+
 RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
 
 
@@ -73,7 +90,18 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
     [
         ("[[rule", "the recipe is not TOML: "),
         ("", r"the recipe has no rule; add a \[\[rule\]\]"),
-        ("rules = 1", r"the recipe: unknown key 'rules'; known: keep_dense, rounds, rule"),
+        (
+            "rules = 1",
+            "the recipe: unknown key 'rules'; known: allocate, dense_targets, distill, .*, rounds, rule",
+        ),
+        ("distill = 3\n" + RULE, r"write distill as a table \[distill\], found 3"),
+        ("[distill]\nrates = 3\n" + RULE, r"\[distill\]: unknown key 'rates'; known: batches, epochs, rate, reselect"),
+        ("[distill]\nepochs = true\n" + RULE, r"\[distill\]: epochs must be like 4, found True"),
+        ("[distill]\nepochs = 0\n" + RULE, r"\[distill\]: epochs 0: must be at least 1; leave the step out"),
+        ("[reconstruct]\nrate = 2\n" + RULE, r"\[reconstruct\]: rate 2: must lie in \(0, 1\)"),
+        ('[allocate]\nby = "luck"\n' + RULE, r"\[allocate\]: by 'luck': choose owl or error-curve"),
+        ("[finetune]\n" + RULE, "finetune stands between rounds, and there is one"),
+        (RULE + "swaps = -1", "swaps -1 must be at least 0"),
         ("rule = 3", r"the recipe: write each rule as a table \[\[rule\]\]"),
         ("rule = [3]", r"the recipe: write each rule as a table \[\[rule\]\]"),
         ('keep_dense = "x"\n' + RULE, "keep_dense must be a list of globs, found 'x'"),
