@@ -1,0 +1,1 @@
+"""Passes that move kept weights, and masks, by gradients through more than one layer."""
