@@ -13,6 +13,9 @@ added. A table that is left out is a step that is not taken.
 from dataclasses import dataclass
 from typing import Literal
 
+Precision = Literal["float32", "bfloat16"]
+"""The dtype that products run in while training."""
+
 
 @dataclass(frozen=True)
 class Allocate:
@@ -69,32 +72,37 @@ class Reconstruct:
 
     The segment, fed by the pruned prefix, is to return what the dense model has there. `epochs` passes over the
     calibration batches at a learning rate that falls from `rate` to zero along a cosine, `batches` of them a step.
+    `precision` is that of the products; weights and sums stay float32.
     """
 
     epochs: int = 8
     rate: float = 3e-4
     batches: int = 8
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_training(self.epochs, self.rate, self.batches)
+        check_precision(self.precision)
 
 
 @dataclass(frozen=True)
 class Distill:
     """Tune all pruned sites at once by Adam towards the dense model's outputs, masks re-selected on the way.
 
-    `epochs`, `rate` and `batches` as in `Reconstruct`; the loss is the KL divergence between the distributions of a
-    language model or a classifier, the mean square elsewhere. Masks are selected anew `reselect` times, evenly over
-    the first half of the steps (0: never).
+    `epochs`, `rate`, `batches` and `precision` as in `Reconstruct`; the loss is the KL divergence between the
+    distributions of a language model or a classifier, the mean square elsewhere. Masks are selected anew `reselect`
+    times, evenly over the first half of the steps (0: never).
     """
 
     epochs: int = 4
     rate: float = 2e-4
     batches: int = 8
     reselect: int = 0
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_training(self.epochs, self.rate, self.batches)
+        check_precision(self.precision)
         if self.reselect < 0:
             raise ValueError(f"reselect {self.reselect}: must be at least 0, how often masks are selected anew")
 
@@ -107,6 +115,12 @@ def check_training(epochs: int, rate: float, batches: int) -> None:
         raise ValueError(f"rate {rate}: must lie in (0, 1), Adam's learning rate")
     if batches < 1:
         raise ValueError(f"batches {batches}: must be at least 1, the calibration batches of one step")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a word that is no `Precision`. Raises ValueError."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision {precision!r}: choose float32 or bfloat16, what products run in")
 
 
 Step = Allocate | Permute | FineTune | Reconstruct | Distill

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sparsify_compiler.steps import Precision
 
 EPSILON = 1e-12
 """Adam's ε. The gradient of a relative loss at one of 1e8 weights is about 1e-9: torch's own 1e-8 would damp it."""
@@ -18,8 +20,6 @@ weight's `grad`, through `add_gradients`, and returns that mean."""
 
 AfterEpoch = Callable[[int, float, Mapping[str, Tensor], Mapping[str, Tensor] | None], None]
 """Called as after_epoch(number from 1, mean training loss, weights with their zeros, keep masks)."""
-
-Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
         allocate=Allocate("owl", 0.05),
         permute=Permute(3),
         finetune=FineTune(2, 1e-4, 4, masked=True),
-        reconstruct=Reconstruct(),
+        reconstruct=Reconstruct(precision="bfloat16"),
         distill=Distill(reselect=2),
     )
     assert parse_recipe(format_recipe(recipe), METHODS) == recipe
@@ -95,10 +95,12 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
             "the recipe: unknown key 'rules'; known: allocate, dense_targets, distill, .*, rounds, rule",
         ),
         ("distill = 3\n" + RULE, r"write distill as a table \[distill\], found 3"),
-        ("[distill]\nrates = 3\n" + RULE, r"\[distill\]: unknown key 'rates'; known: batches, epochs, rate, reselect"),
+        ("[distill]\nrates = 3\n" + RULE, r"\[distill\]: unknown key 'rates'; known: batches, epochs, prec"),
         ("[distill]\nepochs = true\n" + RULE, r"\[distill\]: epochs must be like 4, found True"),
         ("[distill]\nepochs = 0\n" + RULE, r"\[distill\]: epochs 0: must be at least 1; leave the step out"),
         ("[reconstruct]\nrate = 2\n" + RULE, r"\[reconstruct\]: rate 2: must lie in \(0, 1\)"),
+        ('[distill]\nprecision = "float16"\n' + RULE, r"\[distill\]: precision 'float16': choose float32 or bfloat16"),
+        ("[reconstruct]\nprecision = 16\n" + RULE, r"\[reconstruct\]: precision must be like 'float32', found 16"),
         ('[allocate]\nby = "luck"\n' + RULE, r"\[allocate\]: by 'luck': choose owl or error-curve"),
         ("[finetune]\n" + RULE, "finetune stands between rounds, and there is one"),
         (RULE + "swaps = -1", "swaps -1 must be at least 0"),
