@@ -136,6 +136,21 @@ class Graph(Protocol):
         ...
 
 
+class DifferentiableGraph(Graph, Protocol):
+    """A graph whose segments PyTorch runs, so that gradients flow through them."""
+
+    def run_segment(
+        self,
+        index: int,
+        values: Values,
+        observe: Observer | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        emit: Observer | None = None,
+    ) -> Values:
+        """See `Graph.run_segment`. `emit` is called with (`Site.name`, the product's output) after every product."""
+        ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One node as the cutter sees it: values read and written, the weight it holds, the repeated module it is in.

@@ -13,12 +13,17 @@ T = TypeVar("T")
 
 
 class Needs(Enum):
-    """The statistics a method reads. Each level includes the ones before it."""
+    """The statistics a method reads. Up to GRAM each level includes the ones before it; the others include GRAM.
+
+    GRADIENT is an `Expansion` of the model's own loss, FISHER one that weighs the inputs as well.
+    """
 
     NOTHING = "nothing"
     NORMS = "norms"
     GRAM = "gram"
     LOOKAHEAD = "lookahead"
+    GRADIENT = "gradient"
+    FISHER = "fisher"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,21 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Expansion:
+    """The model's own loss around one weight to second order, per predicted token (or sample); float64.
+
+    `gradient` (out, in) is taken at the weight the round found. The Hessian of row r of the weight is about
+    `output_curvature`[r] · M: the squared gradient of the loss by output r, summed over tokens, times the second moment
+    of the inputs. M is `inputs`, in which every token counts by its squared gradient, or the problem's Gram matrix
+    where `inputs` is None.
+    """
+
+    gradient: Tensor
+    output_curvature: Tensor
+    inputs: Gram | None = None
+
+
+@dataclass(frozen=True)
 class LayerProblem:
     """One weight to prune.
 
@@ -59,6 +79,7 @@ class LayerProblem:
     mean of x² per input; `gram` and `targets` as their classes say. None where the method did not ask for it.
     `weight` is the dense one; `start` (out, in) where an earlier round left off, None in the first. `objective` maps
     (out, in) to a loss per token, differentiably, where the loss reaches beyond the layer (a slice of the graph).
+    `expansion` is of the model's own loss, around `start`, or `weight` in the first round.
     """
 
     name: str
@@ -71,6 +92,7 @@ class LayerProblem:
     targets: Targets | None = None
     start: Tensor | None = None
     objective: Callable[[Tensor], Tensor] | None = None
+    expansion: Expansion | None = None
 
     def loss(self, weight: Tensor) -> float | None:
         """Return ‖X (W − Ŵ)ᵀ‖² / tokens for Ŵ = `weight` (out, in), in float64, or None without a Gram matrix.

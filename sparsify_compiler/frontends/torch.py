@@ -72,6 +72,7 @@ class TorchGraph:
         self._runner = Runner(self._parts.products, self._fetch)
         self._traced_inputs = {n.name: n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"}
         self._by_name = {site.name: site for site in self._parts.sites}
+        self._site_names = {node: name for name, nodes in self._parts.site_products.items() for node in nodes}
         self._resident: dict[str, Any] = {}
         self._resident_segment = -1
         self._constants: dict[tuple[Any, ...], Values] = {}
@@ -137,8 +138,9 @@ class TorchGraph:
         values: Values,
         observe: Observer | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        emit: Observer | None = None,
     ) -> Values:
-        """Run one segment and return the values alive after it, on the graph's device; see `graph.Graph`."""
+        """Run one segment, on the graph's device; see `graph.DifferentiableGraph`."""
         if index != self._resident_segment:
             self._resident.clear()
             self._resident_segment = index
@@ -152,11 +154,11 @@ class TorchGraph:
                 seen.add(once)
                 observe(key, x)
 
+        made = (lambda product, y: emit(self._site_names[product.node], y)) if emit is not None else None
         keep = frozenset(self._parts.alive_after[index])
         env = {**self._constant_values(env), **env}
-        return self._runner.run(
-            self._parts.segment_nodes[index], env, keep, self._overrides(weights), see if observe else None
-        )
+        nodes, swapped = self._parts.segment_nodes[index], self._overrides(weights)
+        return self._runner.run(nodes, env, keep, swapped, see if observe else None, made)
 
     def outputs(self, values: Values) -> tuple[Tensor, ...]:
         """Return the model's output tensors from the values alive after the last segment."""

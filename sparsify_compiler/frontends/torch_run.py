@@ -29,11 +29,12 @@ class Runner:
         keep: frozenset[str],
         weights: Mapping[str, Tensor],
         see: See | None = None,
+        made: See | None = None,
     ) -> Values:
         """Run `nodes` in order from `values` (by node name) and return the values named in `keep`.
 
         `weights` maps parameter names to tensors used in their place. `see` is called with every product and its
-        input before the product runs.
+        input before the product runs, `made` with every product and its output after it.
         """
         env = dict(values)
         last = self._last_uses(nodes)
@@ -42,6 +43,8 @@ class Runner:
             if see is not None and product is not None and product.input_node is not None:
                 see(product, env[product.input_node.name])
             env[node.name] = self._execute(node, env, weights)
+            if made is not None and product is not None:
+                made(product, env[node.name])
             for name in last.get(index, ()):
                 if name not in keep:
                     env.pop(name, None)
