@@ -20,11 +20,7 @@ def reestimate_batchnorm(module: nn.Module, batches: Sequence[Batch], progress: 
     Raises:
         CalibrationError: statistics that are not finite, or a batch of one value a channel.
     """
-    layers = {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats
-    }
+    layers = batchnorm_layers(module)
     if not layers or not batches:
         return 0
     modes = [(sub, sub.training) for sub in module.modules()]
@@ -56,3 +52,9 @@ def reestimate_batchnorm(module: nn.Module, batches: Sequence[Batch], progress: 
         if layer.running_var is None or not torch.isfinite(layer.running_var).all():
             raise CalibrationError(f"BatchNorm {name!r}: statistics on the calibration data are not finite")
     return len(layers)
+
+
+def batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    """Return by name the layers of `module` that normalise by statistics they keep."""
+    named = module.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, _BatchNorm) and layer.track_running_stats}

@@ -5,7 +5,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,7 +51,11 @@ LIBRARIES = (
 
 @dataclass
 class Job:
-    """State of one run. `generated` says that `batches` were drawn at random because no data was given."""
+    """State of one run. `generated` says that `batches` were drawn at random because no data was given.
+
+    `handed_out` returns the model as it is pruned by now, finished as its user would have it: rounds are compared by
+    that. None where the graph that is pruned is all there is to it.
+    """
 
     model: str
     recipe: Recipe
@@ -64,6 +68,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: tuple[RoundReport, ...] = ()
+    handed_out: Callable[[], Forward] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -124,7 +129,7 @@ class Job:
         with self.stage("prune"):
             largest = max(data.sets, key=len)
             self._say_memory(Walk(graph, largest, decisions, dense_targets=True))
-            name, measure_round = heldout_loss(graph, data.heldout, self.progress)
+            name, measure_round = heldout_loss(graph, data.heldout, self.progress, self.handed_out)
             rounds = prune_in_rounds(graph, data.sets, decisions, count, measure_round, checkpoint, self.progress)
         copies = 8 * sum(d.site.groups * d.site.out * d.site.in_ for d in decisions if d.rule is not None)
         self.notes.append(f"rounds: {size(copies)} more held the dense weights and the best round's")

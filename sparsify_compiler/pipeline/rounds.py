@@ -1,6 +1,6 @@
 """What rounds of pruning need of a job: the batches of each round, the held-out loss, and their rows of the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -65,21 +65,25 @@ def divide_batches(batches: Sequence[Batch], heldout: Heldout | None, rounds: in
     return RoundData(sets, heldout, tuple(tuple(group) for group in groups), words)
 
 
-def heldout_loss(graph: Graph, data: Heldout, progress: Progress) -> tuple[str, Measure]:
+def heldout_loss(
+    graph: Graph, data: Heldout, progress: Progress, handed_out: Callable[[], Forward] | None = None
+) -> tuple[str, Measure]:
     """Name and return the loss that rounds are compared by, lower is better. `graph` is dense when this is called.
 
     The share of wrong first answers where there are labels; a causal language model's perplexity; else ‖Y − Ŷ‖² / ‖Y‖²
-    between the dense model's outputs and the pruned one's. BatchNorm statistics are as they are while pruning.
+    between the dense model's outputs and the pruned one's. `handed_out` returns the pruned model as its user would have
+    it now; without it the graph runs as it is, BatchNorm statistics those of the dense model.
     """
-    pruned = forward_of_graph(graph)
+    own = forward_of_graph(graph)
+    pruned = handed_out or (lambda: own)
     labels = data.labels
     if labels is not None:
-        return "top-1 error", lambda dense: 1 - top_k_accuracy(pruned, data.batches, labels, (1,), progress)[0]
-    if is_language_model(pruned, data.batches[0]):
-        return "perplexity", lambda dense: perplexity(pruned, data.batches, progress)
+        return "top-1 error", lambda dense: 1 - top_k_accuracy(pruned(), data.batches, labels, (1,), progress)[0]
+    if is_language_model(own, data.batches[0]):
+        return "perplexity", lambda dense: perplexity(pruned(), data.batches, progress)
     return (
         "relative error",
-        lambda dense: fidelity(forward_of_graph(graph, dense), pruned, data.batches, progress).relative_error,
+        lambda dense: fidelity(forward_of_graph(graph, dense), pruned(), data.batches, progress).relative_error,
     )
 
 

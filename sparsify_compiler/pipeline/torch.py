@@ -1,47 +1,31 @@
-"""Compile a torch module: trace, prune, re-estimate, export, verify, lower. The input module stays as it was."""
+"""Compile a torch module: prune, export, verify, lower. The input module stays as it was."""
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call, to_device
 from sparsify_compiler.errors import KernelError, VerificationError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
 from sparsify_compiler.export.report import FileReport, Report, Verification
-from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, PrunedSite, write_artefact
-from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
-from sparsify_compiler.frontends.torch_run import dotted, move_constants
+from sparsify_compiler.export.torch import DESCRIPTION, WEIGHTS, write_artefact
+from sparsify_compiler.frontends.torch_run import dotted
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.graph import ConvLayout
 from sparsify_compiler.kernel import Packed
-from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
-from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
+from sparsify_compiler.pipeline.torch_prune import Pruned, move_module, prune_torch
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
-from sparsify_compiler.plan import Decision
 from sparsify_compiler.runtime.tuning.tune_conv import ConvInput
 from sparsify_compiler.runtime.tuning.verdicts import Verdict, by_reason
 from sparsify_compiler.sources.describe import describe
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The pruned module before lowering, and what was decided and found for its sites."""
-
-    module: nn.Module
-    graph: TorchGraph
-    decisions: Sequence[Decision]
-    outcomes: Mapping[str, SiteOutcome]
-    sites: Mapping[str, PrunedSite]
 
 
 def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) -> tuple[nn.Module, Report]:
@@ -50,7 +34,7 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
     Raises:
         SparsifyError: anything the user can act on; nothing but finished segments is left on disk then.
     """
-    pruned = _prune(job, model)
+    pruned = prune_torch(job, model)
     verdicts, parts, why_dense = _measure(job, pruned)
     dense = model if isinstance(model, nn.Module) else model.module()
 
@@ -64,12 +48,12 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
         run_dense,
         lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
     )
-    _move(pruned.module, torch.device("cpu"))  # the files are written and checked there
+    move_module(pruned.module, torch.device("cpu"))  # the files are written and checked there
     try:
         packed, files, verification, forms = _write(job, pruned, verdicts, reference)
     except VerificationError as error:
         raise explained(error, _growths(model, pruned)) from None
-    _move(pruned.module, device)
+    move_module(pruned.module, device)
     chosen = {name: verdict.kernel for name, verdict in verdicts.items()}
     tuner = _tuner(job, device)
 
@@ -80,86 +64,6 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
     lower(pruned.module, chosen, parts, build)
     sites = site_reports(pruned.decisions, pruned.outcomes, verdicts, why_dense, packed, forms, job.options)
     return pruned.module, job.report(sites, quality, files, verification)
-
-
-def _prune(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
-    device = job.options.torch_device()
-    with job.stage("trace"):
-        job.progress("trace", 0, 1)
-        if isinstance(model, nn.Module):
-            graph = trace_module(model, job.batches[0], device)
-        else:
-            graph = trace_program(model, device)
-        job.progress("trace", 1, 1)
-    if graph.traced.how != "torch.export":
-        job.notes.append(f"traced by {graph.traced.how}")
-    decisions, outcomes = job.prune(graph)
-    module = _copy(model, graph, outcomes)
-    _reestimate(job, module)
-    module.to(job.options.torch_dtype())
-    by_name = {site.name: site for site in graph.sites}
-    rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
-    sites = {
-        name: PrunedSite(by_name[name], str(rules[name].pattern), outcome.keep, graph.aliases(by_name[name]))
-        for name, outcome in outcomes.items()
-    }
-    return Pruned(module, graph, decisions, outcomes, sites)
-
-
-def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Mapping[str, SiteOutcome]) -> nn.Module:
-    """Copy the user's module with the graph's pruned weights in it, not copied; the dense ones are left out."""
-    if isinstance(model, ExportedProgram):
-        home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
-        return _move(_unshare(graph.module), home)
-    by_name = {site.name: site for site in graph.sites}
-    memo: dict[int, object] = {}
-    for name in outcomes:
-        site = by_name[name]
-        new: Tensor | None = None
-        for parameter in graph.aliases(site):
-            old = dotted(model, parameter)
-            if new is None:
-                new = graph.native_weight(site).to(old)
-                if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=old.requires_grad)
-            memo[id(old)] = new
-    copied = copy.deepcopy(model, memo)
-    return copied.eval()
-
-
-def _move(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module, in place, with the devices that tracing wrote into a program's operations."""
-    if isinstance(module, fx.GraphModule):
-        move_constants(module, device)
-    return module.to(device)
-
-
-def _unshare(module: nn.Module) -> nn.Module:
-    """Give a program's module, in place, Parameters of its own: a cast would write into the program's."""
-    copies: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(old) not in copies:
-                copies[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-            setattr(owner, name, copies[id(old)])
-    return module
-
-
-def _reestimate(job: Job, module: nn.Module) -> None:
-    if not job.options.recalibrate_batchnorm or job.generated:
-        return
-    with job.stage("re-estimate BatchNorm"):
-        layers = reestimate_batchnorm(module, job.batches, job.progress)
-    if _folded_batchnorm(module):
-        job.notes.append("BatchNorm statistics are constants of the traced program: they were not re-estimated")
-    if layers:
-        job.notes.append(f"the statistics of {layers} BatchNorm layers were re-estimated on the calibration data")
-
-
-def _folded_batchnorm(module: nn.Module) -> bool:
-    """Say whether a traced program normalises by statistics that are plain buffers, not a BatchNorm layer's."""
-    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-    return any("batch_norm" in str(node.target) for node in nodes)
 
 
 def _tuner(job: Job, device: torch.device) -> Tuner:

@@ -21,6 +21,7 @@ from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.quality import Heldout
 from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss
+from sparsify_compiler.pipeline.torch_prune import module_forward, prune_torch
 from sparsify_compiler.progress import silent
 from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
 
@@ -173,3 +174,16 @@ def test_a_compile_run_stopped_in_its_second_round_resumes_to_the_same_bytes(tmp
     with pytest.raises(DataError, match="another model, data"):
         run("killed", resume=True, share=True)
     assert run("killed", resume=True) == whole
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_rounds_of_a_cnn_are_compared_as_the_model_is_handed_out(wanted: bool) -> None:
+    batches, cnn = image_batches(4), seeded(Cnn)
+    heldout = Heldout(image_batches(2, samples=16))
+    options = sc.Options(recalibrate_batchnorm=wanted, share_batches=True)
+    job = Job("cnn", recipe(2), options, batches, False, heldout, silent, None)
+    pruned = prune_torch(job, cnn)
+    best = next(row for row in job.rounds if row.chosen)
+    close = fidelity(module_forward(cnn), module_forward(pruned.module), heldout.batches)
+    # the same weights, the same statistics, the same data; only segments against the whole module round differently
+    assert best.heldout == pytest.approx(close.relative_error, rel=1e-4)

@@ -1,0 +1,138 @@
+"""Prune a torch module: trace, prune, copy the user's module with the pruned weights, re-estimate BatchNorm."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.evaluate import Forward
+from sparsify_compiler.export.torch import PrunedSite
+from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
+from sparsify_compiler.frontends.torch_run import dotted, move_constants
+from sparsify_compiler.passes.batchnorm import batchnorm_layers, reestimate_batchnorm
+from sparsify_compiler.passes.prune.layerwise import SiteOutcome
+from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.plan import Decision
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The pruned module before lowering, and what was decided and found for its sites."""
+
+    module: nn.Module
+    graph: TorchGraph
+    decisions: Sequence[Decision]
+    outcomes: Mapping[str, SiteOutcome]
+    sites: Mapping[str, PrunedSite]
+
+
+def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
+    """Prune `model` as the job's recipe says; it is not modified itself.
+
+    Rounds are compared as the module would be handed out: with BatchNorm statistics re-estimated after each of them,
+    where that is wanted.
+
+    Raises:
+        SparsifyError: anything the user can act on.
+    """
+    device = job.options.torch_device()
+    with job.stage("trace"):
+        job.progress("trace", 0, 1)
+        if isinstance(model, nn.Module):
+            graph = trace_module(model, job.batches[0], device)
+        else:
+            graph = trace_program(model, device)
+        job.progress("trace", 1, 1)
+    if graph.traced.how != "torch.export":
+        job.notes.append(f"traced by {graph.traced.how}")
+    if isinstance(model, nn.Module) and job.options.recalibrate_batchnorm and batchnorm_layers(model):
+        job.handed_out = lambda: _reestimated(job, model, graph)
+    decisions, outcomes = job.prune(graph)
+    module = _copy(model, graph, outcomes)
+    _reestimate(job, module)
+    module.to(job.options.torch_dtype())
+    by_name = {site.name: site for site in graph.sites}
+    rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
+    sites = {
+        name: PrunedSite(by_name[name], str(rules[name].pattern), outcome.keep, graph.aliases(by_name[name]))
+        for name, outcome in outcomes.items()
+    }
+    return Pruned(module, graph, decisions, outcomes, sites)
+
+
+def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
+    """Return the module with the weights that the graph has now, its BatchNorm statistics those of the job's data."""
+    module = _copy(model, graph, [site.name for site in graph.sites if site.refusal is None])
+    reestimate_batchnorm(module, job.batches, job.progress)
+    return module_forward(module)
+
+
+def module_forward(module: nn.Module) -> Forward:
+    """Return `module`, in eval mode, as a function of batches that may lie elsewhere."""
+    home = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+    def forward(batch: Batch) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return call(module, to_device(batch, home))
+
+    return forward
+
+
+def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Iterable[str]) -> nn.Module:
+    """Copy the user's module with the graph's pruned weights in it, not copied; the dense ones are left out."""
+    if isinstance(model, ExportedProgram):
+        home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
+        return move_module(_unshare(graph.module), home)
+    by_name = {site.name: site for site in graph.sites}
+    memo: dict[int, object] = {}
+    for name in outcomes:
+        site = by_name[name]
+        new: Tensor | None = None
+        for parameter in graph.aliases(site):
+            old = dotted(model, parameter)
+            if new is None:
+                new = graph.native_weight(site).to(old)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+            memo[id(old)] = new
+    copied = copy.deepcopy(model, memo)
+    return copied.eval()
+
+
+def move_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module, in place, with the devices that tracing wrote into a program's operations."""
+    if isinstance(module, fx.GraphModule):
+        move_constants(module, device)
+    return module.to(device)
+
+
+def _unshare(module: nn.Module) -> nn.Module:
+    """Give a program's module, in place, Parameters of its own: a cast would write into the program's."""
+    copies: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) not in copies:
+                copies[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            setattr(owner, name, copies[id(old)])
+    return module
+
+
+def _reestimate(job: Job, module: nn.Module) -> None:
+    if not job.options.recalibrate_batchnorm or job.generated:
+        return
+    with job.stage("re-estimate BatchNorm"):
+        layers = reestimate_batchnorm(module, job.batches, job.progress)
+    if _folded_batchnorm(module):
+        job.notes.append("BatchNorm statistics are constants of the traced program: they were not re-estimated")
+    if layers:
+        job.notes.append(f"the statistics of {layers} BatchNorm layers were re-estimated on the calibration data")
+
+
+def _folded_batchnorm(module: nn.Module) -> bool:
+    """Say whether a traced program normalises by statistics that are plain buffers, not a BatchNorm layer's."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return any("batch_norm" in str(node.target) for node in nodes)
