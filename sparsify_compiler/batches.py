@@ -109,6 +109,42 @@ def sample_count(batch: Batch) -> int:
     return main_tensor(batch).shape[0]
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Where a batch has padding: the shape (samples, length) of its attention_mask, and its shown tokens.
+
+    `shown` (tokens,) int64 numbers the places of the ones, row by row.
+    """
+
+    shape: tuple[int, int]
+    shown: Tensor
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Return the shown rows of x (samples, length, ...) or (samples x length, width) as (tokens, ...).
+
+        Anything else, such as one row a sample, is returned as it is.
+        """
+        if x.dim() >= 3 and x.shape[:2] == self.shape:
+            x = x.flatten(0, 1)
+        elif x.dim() != 2 or x.shape[0] != self.shape[0] * self.shape[1]:
+            return x
+        return x.index_select(0, self.shown.to(x.device))
+
+
+def padding(batch: Batch) -> Padding | None:
+    """Return where the batch's `attention_mask` (samples, length) hides tokens; None without one, or if it hides none.
+
+    None for an encoder-decoder's batch as well: its mask speaks of the encoder's inputs alone, and both may be of one
+    length.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    if isinstance(batch, dict) and any(name.startswith("decoder_") for name in batch):
+        return None
+    return Padding((mask.shape[0], mask.shape[1]), mask.flatten().nonzero()[:, 0])
+
+
 def size_bytes(batch: Batch) -> int:
     """Sum the sizes of the batch's tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(batch))

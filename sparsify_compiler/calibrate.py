@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.batches import Batch
+from sparsify_compiler.batches import Batch, Padding, padding
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
 from sparsify_compiler.errors import CalibrationError, first_line
 from sparsify_compiler.graph import Graph, Observer, Site, Values
@@ -36,8 +36,8 @@ class Walk:
     """One front-to-back walk; a `problem.ModelProblem` for the sites that `decisions` prunes.
 
     Iterate over `layers()` and `accept` one solution for every problem before asking for the next segment's first.
-    `tokens` counts the rows each site saw; `starved` names sites that saw none: they are left dense. `finished` holds
-    every pruned site, solved now or restored from the checkpoint.
+    `tokens` counts the rows each site saw (not those an `attention_mask` hides); `starved` names sites that saw none:
+    they are left dense. `finished` holds every pruned site, solved now or restored from the checkpoint.
     With `dense_targets` the dense model is walked alongside and problems carry `Targets`. A further round over a graph
     that is already pruned gives the dense weights (groups, out, in) by site name as `dense_weights`: they stay what
     problems are measured against, and what the graph holds, where it is something else, becomes their `start`.
@@ -197,7 +197,8 @@ class Walk:
             return {}
         for number, values in enumerate(boundaries):
             dense = self._dense_inputs(index, number, moments) if self.dense_targets else {}
-            self._run(index, number, values, partial(_add, moments, names, number, dense))
+            hidden = padding(self.batches[number])
+            self._run(index, number, values, partial(_add, moments, names, number, dense, hidden))
         return moments
 
     def _run(
@@ -285,14 +286,15 @@ def _add(
     names: Mapping[str, str],
     number: int,
     dense: Mapping[str, list[Tensor]],
+    hidden: Padding | None,
     key: str,
     x: Tensor,
 ) -> None:
     """Add what a site read in batch `number`, and what the dense model read there if it was walked alongside."""
     if key in moments:
-        moments[key].add(x, names[key], number)
+        moments[key].add(x, names[key], number, hidden)
         if dense:
-            moments[key].add_pair(x, dense[key].pop(0))
+            moments[key].add_pair(x, dense[key].pop(0), hidden)
 
 
 def _values_bytes(values: Values) -> int:

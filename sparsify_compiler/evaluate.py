@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify_compiler.batches import Batch, main_tensor
+from sparsify_compiler.batches import Batch, Padding, main_tensor, padding
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.progress import Progress, silent
 
@@ -100,6 +100,8 @@ def top_k_accuracy(
 def fidelity(dense: Forward, sparse: Forward, batches: Sequence[Batch], progress: Progress = silent) -> Fidelity:
     """Compare the floating-point outputs of two models on the same batches, every output counted.
 
+    Rows of an output (samples, length, ...) that the batch's `attention_mask` hides are left out.
+
     Raises:
         DataError: no batch.
         ModelError: the two models' outputs differ in number or shape, none is floating point, or one is NaN.
@@ -110,7 +112,7 @@ def fidelity(dense: Forward, sparse: Forward, batches: Sequence[Batch], progress
     with torch.no_grad():
         for index, batch in enumerate(batches):
             progress("fidelity", index, len(batches))
-            for reference, other in _pairs(dense(batch), sparse(batch), index):
+            for reference, other in _pairs(dense(batch), sparse(batch), index, padding(batch)):
                 error += float((reference - other).square().sum())
                 energy += float(reference.square().sum())
                 energy_sparse += float(other.square().sum())
@@ -175,7 +177,9 @@ def _ranks(scores: Tensor, label: Tensor) -> Tensor:
     return ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
 
 
-def _pairs(dense: tuple[Tensor, ...], sparse: tuple[Tensor, ...], index: int) -> list[tuple[Tensor, Tensor]]:
+def _pairs(
+    dense: tuple[Tensor, ...], sparse: tuple[Tensor, ...], index: int, hidden: Padding | None
+) -> list[tuple[Tensor, Tensor]]:
     """Match the floating-point outputs of one batch, in float64 on the CPU."""
     shapes, other_shapes = ([tuple(y.shape) for y in outputs] for outputs in (dense, sparse))
     if shapes != other_shapes:
@@ -184,6 +188,8 @@ def _pairs(dense: tuple[Tensor, ...], sparse: tuple[Tensor, ...], index: int) ->
     for position, (y, other) in enumerate(zip(dense, sparse, strict=True)):
         if not y.is_floating_point():
             continue
+        if hidden is not None:
+            y, other = hidden.drop(y), hidden.drop(other)
         for name, tensor in (("dense", y), ("sparse", other)):
             if count := int(torch.isnan(tensor).sum()):
                 raise ModelError(

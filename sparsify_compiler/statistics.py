@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsify_compiler.batches import Padding
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import row_chunks
 from sparsify_compiler.graph import Layout
@@ -29,8 +30,9 @@ class Estimate:
 class Moments:
     """What is summed for one input: XᵀX (or only its diagonal) and, with dense targets, X_prunedᵀ X_dense.
 
-    Give `add` the site's input as the layer sees it; `tokens` counts its rows. Sums live on the input's device. Of
-    XᵀX only panels on and below the diagonal are summed; the first `gram` mirrors them and ends the gathering.
+    Give `add` the site's input as the layer sees it; `tokens` counts its rows without padding. Sums live on the input's
+    device. Of XᵀX only panels on and below the diagonal are summed; the first `gram` mirrors them and ends the
+    gathering.
     """
 
     layout: Layout
@@ -43,11 +45,11 @@ class Moments:
     _second: Tensor | None = None
     _grams: dict[int, Gram] = field(default_factory=dict)
 
-    def add(self, x: Tensor, name: str, batch: int) -> None:
-        """Add the rows of one input tensor. Raises CalibrationError where they are not finite."""
+    def add(self, x: Tensor, name: str, batch: int, padding: Padding | None = None) -> None:
+        """Add the rows of one input tensor that are no padding. Raises CalibrationError where they are not finite."""
         if self._second is None:
             self._second = self._zeros(x.device)
-        for rows in row_chunks(x, self.layout):
+        for rows in row_chunks(x, self.layout, padding):
             rows = rows.to(torch.float32)
             for start in range(0, rows.shape[1], SLICE_ROWS):
                 chunk = rows[:, start : start + SLICE_ROWS]
@@ -62,11 +64,12 @@ class Moments:
                 "check the model's dtype (float16 overflows at 65504) and the data"
             )
 
-    def add_pair(self, x: Tensor, dense: Tensor) -> None:
+    def add_pair(self, x: Tensor, dense: Tensor, padding: Padding | None = None) -> None:
         """Add X_prunedᵀ X_dense and X_denseᵀ X_dense for the same tokens."""
         if self.cross is None or self.dense_second is None:
             self.cross, self.dense_second = self._zeros(x.device, full=True), self._zeros(x.device, full=True)
-        for rows, dense_rows in zip(row_chunks(x, self.layout), row_chunks(dense, self.layout), strict=True):
+        chunks = (row_chunks(each, self.layout, padding) for each in (x, dense))
+        for rows, dense_rows in zip(*chunks, strict=True):
             for start in range(0, rows.shape[1], SLICE_ROWS):
                 left = rows[:, start : start + SLICE_ROWS].to(torch.float32)
                 right = dense_rows[:, start : start + SLICE_ROWS].to(torch.float32)

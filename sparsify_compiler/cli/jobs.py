@@ -205,4 +205,4 @@ def _data(
 
 
 def _heldout(data: Data) -> api.Heldout:
-    return api.Heldout(data.batches, data.labels, data.description)
+    return api.Heldout(data.batches, data.labels, data.description, data.pairs)

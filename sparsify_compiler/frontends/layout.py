@@ -7,9 +7,11 @@ columns are input channels at one kernel tap, the axis sparse tensor cores reduc
 from collections.abc import Iterator
 from itertools import product
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsify_compiler.batches import Padding
 from sparsify_compiler.graph import ConvLayout, Layout, MatmulLayout
 
 CHUNK_ELEMENTS = 1 << 22
@@ -45,14 +47,15 @@ def from_problem(problem: Tensor, layout: Layout, shape: tuple[int, ...]) -> Ten
     return problem.reshape(shape[0], *layout.kernel, shape[1]).movedim(-1, 1).contiguous()
 
 
-def row_chunks(x: Tensor, layout: Layout) -> Iterator[Tensor]:
+def row_chunks(x: Tensor, layout: Layout, padding: Padding | None = None) -> Iterator[Tensor]:
     """Yield the rows of X that a layer with input `x` multiplies, as (groups, tokens, in) chunks of bounded size.
 
     Matmul: every axis but `layout.input_axis` is a token axis. Convolution: `x` is (batch, channels, *spatial), or
-    (channels, *spatial); tokens are output positions.
+    (channels, *spatial); tokens are output positions. Rows of a matmul that `padding` hides are left out.
     """
     if isinstance(layout, MatmulLayout):
         rows = x.movedim(layout.input_axis, -1)
+        rows = rows if padding is None else padding.drop(rows)
         rows = rows.reshape(-1, rows.shape[-1])
         step = max(CHUNK_ELEMENTS // max(rows.shape[1], 1), 1)
         for start in range(0, rows.shape[0], step):
@@ -64,6 +67,16 @@ def row_chunks(x: Tensor, layout: Layout) -> Iterator[Tensor]:
     step = max(CHUNK_ELEMENTS // max(per_image, 1), 1)
     for start in range(0, x.shape[0], step):
         yield _unfold(x[start : start + step], layout)
+
+
+def output_rows(y: Tensor, layout: Layout, padding: Padding | None = None) -> Tensor:
+    """Return what a layer makes of the rows of `row_chunks`, in their order, for its output `y`: (groups, tokens, out)."""
+    if isinstance(layout, MatmulLayout):
+        return torch.cat(list(row_chunks(y, layout, padding)), dim=1)
+    if y.dim() == len(layout.kernel) + 1:
+        y = y.unsqueeze(0)
+    split = y.reshape(y.shape[0], layout.groups, y.shape[1] // layout.groups, -1)  # (images, groups, out, positions)
+    return split.permute(1, 0, 3, 2).reshape(layout.groups, -1, split.shape[2])
 
 
 def _unfold(x: Tensor, layout: ConvLayout) -> Tensor:

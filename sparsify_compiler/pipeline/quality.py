@@ -1,4 +1,4 @@
-"""Measure a model as a whole, by what the data allows: accuracy, perplexity, or closeness to the dense model."""
+"""Measure a model as a whole, by what the data allows: accuracy, rank correlation, perplexity, or fidelity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch, main_tensor
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate import Forward, fidelity, perplexity, top_k_accuracy
+from sparsify_compiler.evaluate_pairs import SentencePairs, pair_correlation
 from sparsify_compiler.export.report import Quality
 from sparsify_compiler.progress import Progress
 
@@ -19,17 +20,25 @@ see other counts of tokens round otherwise. A masked language model of random we
 
 @dataclass(frozen=True)
 class Heldout:
-    """Data to measure quality on: batches, one label tensor a batch where there are labels, and what it is in words."""
+    """Data to measure quality on: batches, one label tensor a batch where there are labels, and what it is in words.
+
+    `pairs` are scored pairs among the rows of the batches, which are then sentences.
+    """
 
     batches: Sequence[Batch]
     labels: Sequence[Tensor] | None = None
     description: str = "held-out data"
+    pairs: SentencePairs | None = None
 
 
 def measure(dense: Forward | None, sparse: Forward, data: Heldout, progress: Progress) -> tuple[Quality, ...]:
-    """Measure what can be: top-1 and top-5 accuracy with labels, a causal model's perplexity, else fidelity."""
+    """Measure what can be: correlation with scores, accuracy with labels, a causal model's perplexity, or fidelity."""
     if not data.batches:
         raise DataError(f"{data.description}: no batch was given; give at least one")
+    if data.pairs is not None:
+        old = pair_correlation(dense, data.batches, data.pairs, progress) if dense else None
+        new = pair_correlation(sparse, data.batches, data.pairs, progress)
+        return (Quality("Spearman correlation", old, new, data.description),)
     if data.labels is not None:
         after = top_k_accuracy(sparse, data.batches, data.labels, progress=progress)
         before = top_k_accuracy(dense, data.batches, data.labels, progress=progress) if dense else (None, None)

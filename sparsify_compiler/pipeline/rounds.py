@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch, LazyBatches, RoundBatches
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate import Forward, fidelity, perplexity, top_k_accuracy
+from sparsify_compiler.evaluate_pairs import pair_correlation
 from sparsify_compiler.export.report import RoundReport
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.prune.rounds import Measure, Rounds
@@ -70,13 +71,16 @@ def heldout_loss(
 ) -> tuple[str, Measure]:
     """Name and return the loss that rounds are compared by, lower is better. `graph` is dense when this is called.
 
-    The share of wrong first answers where there are labels; a causal language model's perplexity; else ‖Y − Ŷ‖² / ‖Y‖²
-    between the dense model's outputs and the pruned one's. `handed_out` returns the pruned model as its user would have
-    it now; without it the graph runs as it is, BatchNorm statistics those of the dense model.
+    1 - Spearman's correlation for scored pairs of sentences; the share of wrong first answers where there are labels; a
+    causal language model's perplexity; else ‖Y − Ŷ‖² / ‖Y‖² between the dense model's outputs and the pruned one's.
+    `handed_out` returns the pruned model as its user would have it now; without it the graph runs as it is, BatchNorm
+    statistics those of the dense model.
     """
     own = forward_of_graph(graph)
     pruned = handed_out or (lambda: own)
-    labels = data.labels
+    pairs, labels = data.pairs, data.labels
+    if pairs is not None:
+        return "1 - Spearman", lambda dense: 1 - pair_correlation(pruned(), data.batches, pairs, progress)
     if labels is not None:
         return "top-1 error", lambda dense: 1 - top_k_accuracy(pruned(), data.batches, labels, (1,), progress)[0]
     if is_language_model(own, data.batches[0]):

@@ -1,4 +1,4 @@
-"""Read a DATA reference into batches: text, arrays, images, or package.module:factory; or generate inputs."""
+"""Read a DATA reference into batches: text, sentences, arrays, images or a factory; or generate inputs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Batch, LazyBatches, named_tensors, sample_count
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.evaluate_pairs import SentencePairs
 from sparsify_compiler.sources.generated import generated_batches
 from sparsify_compiler.sources.images import ImageSet, Preprocess, array_images, read_images
 from sparsify_compiler.sources.images import stack as stack_images
 from sparsify_compiler.sources.models import FACTORY, Source, call_factory, import_attribute
+from sparsify_compiler.sources.sentences import CALIBRATION_SENTENCES, read_pairs, read_sentences, tokenise
 from sparsify_compiler.sources.tensors import (
     LABELS,
     Choice,
@@ -26,7 +28,7 @@ from sparsify_compiler.sources.tensors import (
     read_arrays,
 )
 from sparsify_compiler.sources.tensors import stack as stack_tensors
-from sparsify_compiler.sources.text import text_windows
+from sparsify_compiler.sources.text import framed, text_windows
 
 IMAGES_A_BATCH = 32
 CALIBRATION_WINDOWS = 128
@@ -36,14 +38,16 @@ CALIBRATION_WINDOWS = 128
 class Data:
     """Batches that can be read any number of times. `labels` is one int64 (samples,) per batch, or None.
 
-    `samples` counts windows, rows or images; `description` says in words what they are, for the report.
+    `samples` counts windows, sentences, rows or images; `description` says in words what they are, for the report.
+    `pairs` are the scored pairs among sentences, None where there are none.
     """
 
     batches: Sequence[Batch]
-    kind: Literal["text", "tensors", "images", "generated", "factory"]
+    kind: Literal["text", "sentences", "tensors", "images", "generated", "factory"]
     samples: int
     description: str
     labels: Sequence[Tensor] | None = None
+    pairs: SentencePairs | None = None
 
 
 def load_data(
@@ -60,9 +64,11 @@ def load_data(
 ) -> Data:
     """Read the data that `reference` names, for the model `source`.
 
-    A .txt or .jsonl file; an .npz or .safetensors file of named inputs, or FILE:ARRAY for one array of it as the
-    first input (with `preprocess`, uint8 images called "images"); a folder or .tar of images; package.module:factory.
-    `windows` limits the samples (text drawn at random: 128 without it); `sequence_length` is for text alone.
+    A .txt or .jsonl file, for an encoder a sentence a line unless `sequence_length` asks for windows; a .tsv or .csv of
+    a score and two sentences a line, for an encoder; an .npz or .safetensors file of named inputs, or FILE:ARRAY for
+    one array of it as the first input (with `preprocess`, uint8 images called "images"); a folder or .tar of images;
+    package.module:factory. `windows` limits the samples, or pairs (without it at most 128 windows of text or 16,384
+    sentences are drawn at random); `sequence_length` is for text alone.
 
     Raises:
         DataError: missing, cut short, or not fitting the model's inputs: names, shapes, dtypes, vocabulary, NaN.
@@ -76,15 +82,19 @@ def load_data(
     if path is None:
         return _from_factory(reference, source, trust, draw)
     suffix = path.suffix.lower()
+    if suffix in {".tsv", ".csv"}:
+        return _from_pairs(path, source, sequence_length, batch_size, draw)
     if suffix in {".txt", ".jsonl"}:
+        if sequence_length is None and framed(path, source):
+            return _from_sentences(path, source, batch_size, draw)
         return _from_text(path, source, sequence_length, batch_size, draw)
     if suffix in {".npz", ".safetensors"}:
         return _from_arrays(path, select, source, batch_size, preprocess, draw)
     if path.is_dir() or suffix == ".tar":
         return _from_images(read_images(path), path.name, source, batch_size, preprocess, draw)
     raise DataError(
-        f"data {reference!r}: cannot tell what it is; give .txt, .jsonl, .npz or .safetensors, a folder or .tar of "
-        "images, or package.module:factory"
+        f"data {reference!r}: cannot tell what it is; give .txt, .jsonl, .tsv, .csv, .npz or .safetensors, a folder "
+        "or .tar of images, or package.module:factory"
     )
 
 
@@ -141,6 +151,24 @@ def _from_text(path: Path, source: Source, sequence_length: int | None, batch_si
     stacked = stack_tensors(fit_tensors(arrays, source, what), source, batch_size, what)
     words = draw.words(len(ids), count, f"windows of {length} tokens")
     return Data(stacked.batches(source), "text", len(ids), f"{path.name}: {words}")
+
+
+def _from_sentences(path: Path, source: Source, batch_size: int | None, draw: Draw) -> Data:
+    sentences = read_sentences(path)
+    taken = draw.of(len(sentences), CALIBRATION_SENTENCES)
+    made = tokenise([sentences[index] for index in taken.tolist()], path, source, None, batch_size)
+    words = draw.words(len(taken), len(sentences), "sentences") + made.words
+    return Data(made.batches, "sentences", len(taken), f"{path.name}: {words}")
+
+
+def _from_pairs(path: Path, source: Source, sequence_length: int | None, batch_size: int | None, draw: Draw) -> Data:
+    table = read_pairs(path)
+    taken = draw.of(len(table.scores), CALIBRATION_SENTENCES // 2)
+    chosen = table.take(taken)
+    made = tokenise(chosen.sentences, path, source, sequence_length, batch_size)
+    pairs = SentencePairs(torch.tensor(chosen.scores, dtype=torch.float64), made.places.reshape(-1, 2))
+    words = draw.words(len(taken), len(table.scores), "pairs of sentences") + made.words
+    return Data(made.batches, "sentences", 2 * len(taken), f"{path.name}: {words}", pairs=pairs)
 
 
 def _from_arrays(

@@ -43,8 +43,8 @@ def text_windows(path: Path, source: Source, sequence_length: int | None) -> Ten
     Raises:
         DataError: the model has no tokenizer, the length is more than the model allows, or the text fills no window.
     """
-    tokenizer = _tokenizer(path, source)
-    length = window_length(source, sequence_length, _limit(tokenizer))
+    tokenizer = load_tokenizer(path, source)
+    length = window_length(source, sequence_length, tokenizer_limit(tokenizer))
     documents = read_documents(path)
     ids = _tokenise(tokenizer, documents)
     first, last = _frame(tokenizer, source)
@@ -75,7 +75,8 @@ def window_length(source: Source, asked: int | None, limit: int | None = None) -
     return asked
 
 
-def _tokenizer(path: Path, source: Source) -> Any:
+def load_tokenizer(path: Path, source: Source) -> Any:
+    """Read the model's tokenizer for the text in `path`. Raises DataError where it has none."""
     if source.tokenizer is None:
         raise DataError(
             f"text {str(path)!r}: the model {source.reference!r} comes without tokenizer files; put them in its "
@@ -84,21 +85,31 @@ def _tokenizer(path: Path, source: Source) -> Any:
     return source.tokenizer.load()
 
 
+def generates(source: Source) -> bool:
+    """Say whether the model is known to generate text, as a causal language model does."""
+    can = getattr(source.module, "can_generate", None)
+    return bool(callable(can) and can())
+
+
+def framed(path: Path, source: Source) -> bool:
+    """Say whether the model is an encoder whose tokenizer puts [CLS] and [SEP] around a text."""
+    return source.tokenizer is not None and bool(_frame(load_tokenizer(path, source), source)[0])
+
+
 def _tokenise(tokenizer: Any, documents: list[str]) -> list[int]:
     end = [] if len(documents) == 1 or tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [int(token) for document in encoded for token in [*document, *end]]
 
 
-def _limit(tokenizer: Any) -> int | None:
+def tokenizer_limit(tokenizer: Any) -> int | None:
     """Return the tokenizer's own longest sequence; transformers writes 1e30 for none."""
     longest = tokenizer.model_max_length
     return int(longest) if isinstance(longest, int) and 1 < longest < 2**31 else None
 
 
 def _frame(tokenizer: Any, source: Source) -> tuple[list[int], list[int]]:
-    generates = getattr(source.module, "can_generate", None)
-    if source.module is None or (callable(generates) and generates()):
+    if source.module is None or generates(source):
         return [], []
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     return ([], []) if first is None or last is None else ([int(first)], [int(last)])

@@ -249,9 +249,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, ending: str) -> None:
 def test_a_reference_that_is_nothing_known_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         load_data(str(tmp_path / "absent.npz"), module_source(Net()))
-    (tmp_path / "data.csv").write_text("1")
+    (tmp_path / "data.parquet").write_text("1")
     with pytest.raises(DataError, match="cannot tell what it is"):
-        load_data(str(tmp_path / "data.csv"), module_source(Net()))
+        load_data(str(tmp_path / "data.parquet"), module_source(Net()))
     with pytest.raises(DataError, match="windows 0 was asked"):
         load_data(str(tmp_path), module_source(Net()), windows=0)
 

@@ -29,6 +29,7 @@ ORDER = (
     ("calibrate",),
     ("passes", "runtime"),
     ("evaluate",),
+    ("evaluate_pairs",),
     ("export",),
     ("sources",),
     ("pipeline",),
