@@ -26,7 +26,7 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwis
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.quality import Heldout, measure
-from sparsify_compiler.pipeline.rounds import divide_batches, heldout_loss, round_notes, round_reports
+from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss, round_notes, round_reports
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import Needs
@@ -54,7 +54,7 @@ class Job:
     """State of one run. `generated` says that `batches` were drawn at random because no data was given.
 
     `handed_out` returns the model as it is pruned by now, finished as its user would have it: rounds are compared by
-    that. None where the graph that is pruned is all there is to it.
+    that (None: by the graph that is pruned). `watch` is given the same after every round.
     """
 
     model: str
@@ -69,6 +69,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: tuple[RoundReport, ...] = ()
     handed_out: Callable[[], Forward] | None = None
+    watch: Callable[[Forward], None] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -129,13 +130,20 @@ class Job:
         with self.stage("prune"):
             largest = max(data.sets, key=len)
             self._say_memory(Walk(graph, largest, decisions, dense_targets=True))
-            name, measure_round = heldout_loss(graph, data.heldout, self.progress, self.handed_out)
+            name, measure_round = heldout_loss(graph, data.heldout, self.progress, lambda: self._after_round(graph))
             rounds = prune_in_rounds(graph, data.sets, decisions, count, measure_round, checkpoint, self.progress)
         copies = 8 * sum(d.site.groups * d.site.out * d.site.in_ for d in decisions if d.rule is not None)
         self.notes.append(f"rounds: {size(copies)} more held the dense weights and the best round's")
         self.rounds = round_reports(rounds, data, name)
         self.notes.extend(round_notes(rounds, data, self.heldout is not None))
         return dict(rounds.sites), rounds.starved
+
+    def _after_round(self, graph: Graph) -> Forward:
+        """Return the model that a round left, shown to whoever watches."""
+        forward = self.handed_out() if self.handed_out is not None else forward_of_graph(graph)
+        if self.watch is not None:
+            self.watch(forward)
+        return forward
 
     def _say_memory(self, walk: Walk) -> None:
         """Say before pruning what the walk will hold beside the model."""

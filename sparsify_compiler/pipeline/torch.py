@@ -21,7 +21,7 @@ from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job, device_name
 from sparsify_compiler.pipeline.site_reports import site_reports
-from sparsify_compiler.pipeline.torch_prune import Pruned, move_module, prune_torch
+from sparsify_compiler.pipeline.torch_prune import Pruned, finish_torch, move_module, prune_torch
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words
 from sparsify_compiler.runtime.tuning.tune_conv import ConvInput
 from sparsify_compiler.runtime.tuning.verdicts import Verdict, by_reason
@@ -35,6 +35,7 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
         SparsifyError: anything the user can act on; nothing but finished segments is left on disk then.
     """
     pruned = prune_torch(job, model)
+    finish_torch(job, pruned)
     verdicts, parts, why_dense = _measure(job, pruned)
     dense = model if isinstance(model, nn.Module) else model.module()
 

@@ -1,4 +1,4 @@
-"""Prune a torch module: trace, prune, copy the user's module with the pruned weights, re-estimate BatchNorm."""
+"""Prune a torch module: trace, prune, copy the user's module with the pruned weights; then finish the copy."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Pruned:
 
 
 def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
-    """Prune `model` as the job's recipe says; it is not modified itself.
+    """Prune `model` as the job's recipe says; it is not modified itself. `finish_torch` does what is left to do.
 
     Rounds are compared as the module would be handed out: with BatchNorm statistics re-estimated after each of them,
     where that is wanted.
@@ -53,8 +53,6 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
         job.handed_out = lambda: _reestimated(job, model, graph)
     decisions, outcomes = job.prune(graph)
     module = _copy(model, graph, outcomes)
-    _reestimate(job, module)
-    module.to(job.options.torch_dtype())
     by_name = {site.name: site for site in graph.sites}
     rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
     sites = {
@@ -62,6 +60,12 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
         for name, outcome in outcomes.items()
     }
     return Pruned(module, graph, decisions, outcomes, sites)
+
+
+def finish_torch(job: Job, pruned: Pruned) -> None:
+    """Re-estimate the BatchNorm statistics of the pruned module where that is wanted, and cast it, in place."""
+    _reestimate(job, pruned.module)
+    pruned.module.to(job.options.torch_dtype())
 
 
 def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:

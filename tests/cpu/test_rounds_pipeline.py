@@ -21,7 +21,7 @@ from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.quality import Heldout
 from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss
-from sparsify_compiler.pipeline.torch_prune import module_forward, prune_torch
+from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
 from sparsify_compiler.progress import silent
 from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
 
@@ -183,6 +183,7 @@ def test_rounds_of_a_cnn_are_compared_as_the_model_is_handed_out(wanted: bool) -
     options = sc.Options(recalibrate_batchnorm=wanted, share_batches=True)
     job = Job("cnn", recipe(2), options, batches, False, heldout, silent, None)
     pruned = prune_torch(job, cnn)
+    finish_torch(job, pruned)
     best = next(row for row in job.rounds if row.chosen)
     close = fidelity(module_forward(cnn), module_forward(pruned.module), heldout.batches)
     # the same weights, the same statistics, the same data; only segments against the whole module round differently
