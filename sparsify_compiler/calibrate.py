@@ -5,6 +5,7 @@ the values alive between two segments are kept per batch, on the host.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, Padding, padding
+from sparsify_compiler.boundaries import Boundaries, boundary_bytes
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
-from sparsify_compiler.errors import CalibrationError, first_line
-from sparsify_compiler.graph import Graph, Observer, Site, Values
+from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Targets
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Rule
-from sparsify_compiler.statistics import Estimate, Moments, size_bytes
+from sparsify_compiler.refinement import PrunedSegment, Refine
+from sparsify_compiler.statistics import Estimate, Moments, largest_bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Walk:
     With `dense_targets` the dense model is walked alongside and problems carry `Targets`. A further round over a graph
     that is already pruned gives the dense weights (groups, out, in) by site name as `dense_weights`: they stay what
     problems are measured against, and what the graph holds, where it is something else, becomes their `start`.
+    With `refine` the dense model is walked alongside for its sake.
     """
 
     graph: Graph
@@ -50,6 +54,7 @@ class Walk:
     progress: Progress = silent
     dense_targets: bool = False
     dense_weights: Mapping[str, Tensor] | None = None
+    refine: Refine | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
     finished: dict[str, FinishedSite] = field(default_factory=dict)
@@ -64,13 +69,13 @@ class Walk:
             for group, problem in enumerate(site.problem_names())
         }
         self._dense: dict[str, Tensor] = {}
-        self._dense_boundaries: list[Values] | None = None
+        self._dense_boundaries: Boundaries | None = None
 
     def layers(self) -> Iterator[LayerProblem]:
         """Yield every problem front to back; a site with groups yields one a group, `Site.problem_names` in order."""
-        boundaries = [self._host(self.graph.enter(batch)) for batch in self.batches]
-        if self.dense_targets:
-            self._dense_boundaries = list(boundaries)
+        boundaries = Boundaries(self.graph, self.batches)
+        if self.dense_targets or self.refine is not None:
+            self._dense_boundaries = copy(boundaries)
         last = max((site.segment for site, _ in self._chosen.values()), default=-1)
         solved = self.checkpoint.finished() if self.checkpoint is not None else frozenset()
         unsolved = max((site.segment for site, _ in self._chosen.values() if site.segment not in solved), default=-1)
@@ -79,18 +84,21 @@ class Walk:
             stage = f"prune {segment.name}"
             self.progress(stage, segment.index, last + 1)
             saved = self.checkpoint.read(segment.index) if self.checkpoint is not None else None
-            if self.dense_targets:
+            if self._dense_boundaries is not None:
                 given = self.dense_weights or {}
                 self._dense.update({s.name: given.get(s.name, self.graph.weight(s)) for s, _ in sites})
+            if saved is None and sites:
+                yield from self._segment_problems(segment.index, boundaries, sites)
+            if self._dense_boundaries is not None and segment.index < unsolved + (self.refine is not None):
+                self._dense_boundaries.advance(segment.index, self._dense)
+                if not self.dense_targets:
+                    self._dense.clear()
             if saved is not None:
                 self._restore(saved, sites)
             elif sites:
-                yield from self._segment_problems(segment.index, boundaries, sites)
-                self._finish(segment.index, sites)
+                self._finish(segment.index, sites, boundaries)
             if segment.index < unsolved:
-                if self._dense_boundaries is not None:
-                    self._advance(segment.index, self._dense_boundaries, self._dense)
-                self._advance(segment.index, boundaries)
+                boundaries.advance(segment.index)
         self.progress("prune", last + 1, last + 1)
 
     def accept(self, name: str, solution: LayerSolution, record: Mapping[str, Any] | None = None) -> None:
@@ -124,25 +132,17 @@ class Walk:
 
     def estimate(self) -> Estimate:
         """Estimate what `layers` will hold, from the first batch's boundary and the sites' sizes."""
-        per_segment: dict[int, dict[str, int]] = {}
-        for site, rule in self._chosen.values():
-            held = per_segment.setdefault(site.segment, {})
-            needs = Needs.GRAM if self.dense_targets else _needs(rule)
-            held[site.reads] = max(held.get(site.reads, 0), size_bytes(site.groups, site.in_, needs))
-        boundary = max(self._boundary_sizes(self.graph.enter(self.batches[0]))) if self.batches else 0
-        statistics = max((sum(held.values()) for held in per_segment.values()), default=0) if self.batches else 0
-        if self.dense_targets:  # XᵀX, X_prunedᵀ X_dense and X_denseᵀ X_dense; every batch's boundary twice
-            statistics, boundary = 3 * statistics, 2 * boundary
+        needs = [(s, Needs.GRAM if self.dense_targets else _needs(rule)) for s, rule in self._chosen.values()]
+        boundary = boundary_bytes(self.graph, self.batches[0]) if self.batches else 0
+        statistics = largest_bytes(needs) if self.batches else 0
+        if self.dense_targets:  # XᵀX, X_prunedᵀ X_dense and X_denseᵀ X_dense
+            statistics *= 3
+        if self.dense_targets or self.refine is not None:
+            boundary *= 2
         return Estimate(statistics, boundary * len(self.batches))
 
-    def _boundary_sizes(self, values: Values) -> Iterator[int]:
-        """Run the first segment to see what crosses; later boundaries of a deep network are alike."""
-        yield _values_bytes(values)
-        if len(self.graph.segments) > 1:
-            yield _values_bytes(self._run(0, 0, values))
-
     def _segment_problems(
-        self, index: int, boundaries: list[Values], sites: Sequence[tuple[Site, Rule]]
+        self, index: int, boundaries: Boundaries, sites: Sequence[tuple[Site, Rule]]
     ) -> Iterator[LayerProblem]:
         moments = self._gather(index, boundaries, sites)
         for site, rule in sites:
@@ -182,7 +182,7 @@ class Walk:
             targets=targets,
         )
 
-    def _gather(self, index: int, boundaries: list[Values], sites: Sequence[tuple[Site, Rule]]) -> dict[str, Moments]:
+    def _gather(self, index: int, boundaries: Boundaries, sites: Sequence[tuple[Site, Rule]]) -> dict[str, Moments]:
         moments: dict[str, Moments] = {}
         names: dict[str, str] = {}
         for site, rule in sites:
@@ -195,31 +195,11 @@ class Walk:
                 names[site.reads] = site.name
         if not moments:
             return {}
-        for number, values in enumerate(boundaries):
+        for number, batch in enumerate(self.batches):
             dense = self._dense_inputs(index, number, moments) if self.dense_targets else {}
-            hidden = padding(self.batches[number])
-            self._run(index, number, values, partial(_add, moments, names, number, dense, hidden))
+            hidden = padding(batch)
+            boundaries.run(index, number, partial(_add, moments, names, number, dense, hidden))
         return moments
-
-    def _run(
-        self,
-        index: int,
-        number: int,
-        values: Values,
-        observe: Observer | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> Values:
-        """Run a segment on what batch `number` left before it. Raises CalibrationError where the batch does not fit."""
-        try:
-            with torch.no_grad():
-                return self.graph.run_segment(index, values, observe, weights)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:  # what torch raises for sizes and ids that do not fit
-            raise CalibrationError(
-                f"calibration batch {number} cannot be run through {self.graph.segments[index].name}: "
-                f"{first_line(error)}; every batch must fit the model, in sizes and in vocabulary"
-            ) from error
 
     def _dense_inputs(self, index: int, number: int, moments: Mapping[str, Moments]) -> dict[str, list[Tensor]]:
         """Run the dense model's segment on its own boundary and collect what its sites read."""
@@ -230,11 +210,11 @@ class Walk:
             if key in collected:
                 collected[key].append(x)
 
-        self._run(index, number, self._dense_boundaries[number], observe, self._dense)
+        self._dense_boundaries.run(index, number, observe, self._dense)
         return collected
 
-    def _finish(self, index: int, sites: Sequence[tuple[Site, Rule]]) -> None:
-        saved = {}
+    def _finish(self, index: int, sites: Sequence[tuple[Site, Rule]], boundaries: Boundaries) -> None:
+        saved: dict[str, SavedSite] = {}
         for site, _ in sites:
             if site.name in self.starved:
                 continue
@@ -249,9 +229,28 @@ class Walk:
             self.graph.set_weight(site, weight)
             records = {name: self._records[name] for name in site.problem_names() if name in self._records}
             saved[site.name] = SavedSite(weight, keep, {"tokens": self.tokens[site.name], "problems": records})
+        if self.refine is not None and saved and self.batches:
+            saved = self._refined(self.refine, index, saved, boundaries)
         if self.checkpoint is not None:
             self.checkpoint.write(index, saved)
         self.finished.update({name: FinishedSite(site.keep, site.record) for name, site in saved.items()})
+
+    def _refined(
+        self, refine: Refine, index: int, saved: Mapping[str, SavedSite], boundaries: Boundaries
+    ) -> dict[str, SavedSite]:
+        assert self._dense_boundaries is not None
+        targets = self._dense_boundaries.values
+        refined = refine(PrunedSegment(self.graph, index, saved, self.batches, boundaries.values, targets))
+        for name, weight in refined.weights.items():
+            self.graph.set_weight(self._chosen[name][0], weight)
+        return {
+            name: replace(
+                site,
+                weight=refined.weights.get(name, site.weight),
+                record={**site.record, "refined": refined.record},
+            )
+            for name, site in saved.items()
+        }
 
     def _restore(self, saved: Mapping[str, SavedSite], sites: Sequence[tuple[Site, Rule]]) -> None:
         self.starved.extend(site.name for site, _ in sites if site.name not in saved)
@@ -260,20 +259,11 @@ class Walk:
             self.tokens[name] = int(site.record["tokens"])
             self.finished[name] = FinishedSite(site.keep, site.record)
 
-    def _advance(self, index: int, boundaries: list[Values], weights: Mapping[str, Tensor] | None = None) -> None:
-        """Replace every batch's boundary by the one after the segment, through `weights` or those of now."""
-        for number, values in enumerate(boundaries):
-            boundaries[number] = self._host(self._run(index, number, values, weights=weights))
-
     def _outputs(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         values = self.graph.enter(self.batches[batch])
         for segment in self.graph.segments:
             values = self.graph.run_segment(segment.index, values, weights=weights)
         return self.graph.outputs(values)
-
-    @staticmethod
-    def _host(values: Values) -> Values:
-        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _needs(rule: Rule) -> Needs:
@@ -295,7 +285,3 @@ def _add(
         moments[key].add(x, names[key], number, hidden)
         if dense:
             moments[key].add_pair(x, dense[key].pop(0), hidden)
-
-
-def _values_bytes(values: Values) -> int:
-    return sum(v.numel() * v.element_size() for v in values.values() if isinstance(v, Tensor))

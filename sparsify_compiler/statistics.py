@@ -1,5 +1,6 @@
 """Streaming second moments of a site's inputs, in float64."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Padding
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import row_chunks
-from sparsify_compiler.graph import Layout
+from sparsify_compiler.graph import Layout, Site
 from sparsify_compiler.problem import Gram, Needs
 
 SLICE_ROWS = 4096
@@ -125,3 +126,12 @@ def size_bytes(groups: int, in_: int, needs: Needs) -> int:
     if needs is Needs.NOTHING:
         return 0
     return groups * in_ * 8 * (1 if needs is Needs.NORMS else in_)
+
+
+def largest_bytes(sites: Iterable[tuple[Site, Needs]]) -> int:
+    """Bytes held for the segment that needs most; sites that read the same input share its statistics."""
+    segments: dict[int, dict[str, int]] = {}
+    for site, needs in sites:
+        held = segments.setdefault(site.segment, {})
+        held[site.reads] = max(held.get(site.reads, 0), size_bytes(site.groups, site.in_, needs))
+    return max((sum(held.values()) for held in segments.values()), default=0)
