@@ -79,6 +79,25 @@ class RoundReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """One part of a `step` of the recipe that trains weights: a segment of [reconstruct], an epoch of [distill].
+
+    `measure` (lower is better) is `before` and `after` it on the calibration batches, and `heldout` on `data`; None
+    where it was not measured. An epoch's `after` is the mean while it trained. Of several epochs the model has the
+    weights of the one that is `kept`; a segment that is not kept has the weights that pruning left.
+    """
+
+    step: str
+    part: str
+    measure: str
+    before: float | None
+    after: float | None
+    heldout: float | None
+    kept: bool
+    data: str = ""
+
+
+@dataclass(frozen=True)
 class FileReport:
     """One written file: its name in the output folder, its size, the size the dense one would have."""
 
@@ -107,7 +126,7 @@ class Verification:
 class Report:
     """Everything `compile` did. `notes` are sentences a reader must not miss: fallbacks, generated inputs, no cache.
 
-    `rounds` is empty where the network was pruned once.
+    `rounds` is empty where the network was pruned once, `steps` where nothing was trained.
     """
 
     model: str
@@ -124,6 +143,7 @@ class Report:
     notes: tuple[str, ...] = ()
     version: int = 1
     rounds: tuple[RoundReport, ...] = ()
+    steps: tuple[StepReport, ...] = ()
 
     def to_json(self) -> str:
         """Write the report as JSON; `report_from_json` is the inverse."""
@@ -139,6 +159,7 @@ def report_from_json(text: str) -> Report:
     table["verification"] = Verification(**table["verification"]) if table["verification"] else None
     table["notes"] = tuple(table["notes"])
     table["rounds"] = tuple(_round(each) for each in table.get("rounds", ()))  # files from before rounds have none
+    table["steps"] = tuple(StepReport(**each) for each in table.get("steps", ()))
     return Report(**table)
 
 

@@ -17,6 +17,7 @@ from sparsify_compiler.export.report_rows import (
     shape_words,
     weights_removed,
 )
+from sparsify_compiler.export.report_steps import by_step, decision, trained
 from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 
@@ -28,6 +29,7 @@ def report_html(report: Report) -> str:
     return page.render(
         report=report,
         recipe_words=recipe_words(report.recipe),
+        steps=by_step(report.steps),
         quality_change=quality_change,
         shape_words=shape_words,
         best_timings=best_timings,
@@ -42,6 +44,8 @@ def report_html(report: Report) -> str:
         error_charts=error_charts(report),
         share=share,
         missing=missing,
+        decision=decision,
+        trained=trained,
         anew=anew,
         errors=ERRORS,
         speed_charts=speed_charts(report),

@@ -121,6 +121,9 @@ def recipe_words(recipe: str) -> tuple[str, ...]:
     words = [_rule_words(rule) for rule in rules]
     if table.get("rounds", 1) != 1:
         words.append(f"{table['rounds']} rounds, the best on held-out data kept")
+    for step, settings in table.items():
+        if isinstance(settings, dict):
+            words.append(f"{step}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
     if table.get("keep_dense"):
         words.append(f"dense: {', '.join(table['keep_dense'])}")
     return tuple(words)

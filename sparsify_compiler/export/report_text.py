@@ -36,6 +36,7 @@ from sparsify_compiler.export.report_rows import (
     spread,
     weights_removed,
 )
+from sparsify_compiler.export.report_steps import steps_tables
 from sparsify_compiler.export.report_table import Column, bullet, small, table
 
 FOLD_ABOVE = 30
@@ -45,7 +46,8 @@ NAMED = 3
 
 def render_report(report: Report, width: int) -> RenderableType:
     """Return the report as a rich renderable for a terminal of `width` columns."""
-    parts: list[RenderableType] = [_header(report), *rounds_table(report, width), *_pruned(report, width)]
+    parts: list[RenderableType] = [_header(report), *rounds_table(report, width), *steps_tables(report, width)]
+    parts += _pruned(report, width)
     parts += _left_dense(report, width)
     parts += [*_speed(report, width), *_verdicts(report), *_refused_kernels(report), *_notes(report)]
     return Group(*parts)
