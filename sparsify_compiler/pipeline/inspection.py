@@ -16,7 +16,7 @@ from sparsify_compiler.graph import Graph, MatmulLayout, Site
 from sparsify_compiler.kernel import Kernel, MatmulSpec
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.pipeline.job import peak_memory_bytes
+from sparsify_compiler.pipeline.peak_memory import peak_memory_bytes
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.recipe import make_rule
 from sparsify_compiler.runtime.kernels import capability, kernels

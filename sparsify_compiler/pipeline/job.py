@@ -1,7 +1,6 @@
 """One compile run: what its stages share, from the user's batches to the report."""
 
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -25,6 +24,7 @@ from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.peak_memory import peak_memory_bytes
 from sparsify_compiler.pipeline.quality import Heldout, measure
 from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss, round_notes, round_reports
 from sparsify_compiler.pipeline.workspace import Workspace
@@ -94,7 +94,7 @@ class Job:
         if missing := [*self.recipe.steps(), *(["dense_targets"] if self.recipe.dense_targets else [])]:
             raise RecipeError(f"the recipe asks for {missing[0]}, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
-        needing = sorted({d.rule.method.name for d in decisions if d.rule and d.rule.method.needs is not Needs.NOTHING})
+        needing = sorted({d.rule.method.name for d in decisions if d.rule and d.rule.needs is not Needs.NOTHING})
         if self.generated and needing:
             raise DataError(
                 f"method {needing[0]!r} needs calibration data and none was given; give data, or choose magnitude"
@@ -176,7 +176,7 @@ class Job:
         """Put the report together."""
         return Report(
             model=self.model,
-            command=_command(),
+            command=command(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             environment=environment(self.options.torch_device()),
             recipe=format_recipe(self.recipe),
@@ -222,14 +222,8 @@ def device_name(device: torch.device) -> str:
     return f"cpu {platform.processor() or platform.machine()}"
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident size the process had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _command() -> str:
+def command(function: str = "compile") -> str:
     """Return the command line that runs, or the function's name where a program of the user's own does."""
     if sys.argv and Path(sys.argv[0]).name == "sparsify-compiler":
         return shlex.join(["sparsify-compiler", *sys.argv[1:]])
-    return "sparsify_compiler.compile(...)"
+    return f"sparsify_compiler.{function}(...)"

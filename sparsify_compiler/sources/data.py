@@ -60,6 +60,7 @@ def load_data(
     choose: Choice = "random",
     preprocess: Preprocess | None = None,
     seed: int = 0,
+    part: bool = False,
     trust: bool = False,
 ) -> Data:
     """Read the data that `reference` names, for the model `source`.
@@ -68,7 +69,8 @@ def load_data(
     a score and two sentences a line, for an encoder; an .npz or .safetensors file of named inputs, or FILE:ARRAY for
     one array of it as the first input (with `preprocess`, uint8 images called "images"); a folder or .tar of images;
     package.module:factory. `windows` limits the samples, or pairs (without it at most 128 windows of text or 16,384
-    sentences are drawn at random); `sequence_length` is for text alone.
+    sentences are drawn at random); `sequence_length` is for text alone. `part` takes seven samples in eight where all
+    would be taken, so that another seed is another draw.
 
     Raises:
         DataError: missing, cut short, or not fitting the model's inputs: names, shapes, dtypes, vocabulary, NaN.
@@ -78,7 +80,7 @@ def load_data(
         if value is not None and value < 1:
             raise DataError(f"{name} {value} was asked; give at least 1")
     path, select = _split(reference)
-    draw = Draw(windows, choose, seed)
+    draw = Draw(windows, choose, seed, part)
     if path is None:
         return _from_factory(reference, source, trust, draw)
     suffix = path.suffix.lower()
@@ -255,7 +257,7 @@ def _from_factory(reference: str, source: Source, trust: bool, draw: Draw) -> Da
     pairs = [_pair(entry, source) for entry in entries]
     batches = _checked([batch for batch, _ in pairs], where)
     labels = [label for _, label in pairs if label is not None]
-    taken = draw.of(len(batches)).tolist() if draw.limit else list(range(len(batches)))
+    taken = draw.of(len(batches)).tolist()
     chosen = [batches[index] for index in taken]
     kept = [labels[index] for index in taken] if len(labels) == len(batches) else None
     return Data(

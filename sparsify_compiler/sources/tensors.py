@@ -26,15 +26,18 @@ Choice = Literal["random", "first"]
 
 @dataclass(frozen=True)
 class Draw:
-    """Which of n samples are taken."""
+    """Which of n samples are taken. `part`: where that would be all of them, seven in eight at random instead."""
 
     limit: int | None
     choose: Choice
     seed: int
+    part: bool = False
 
     def of(self, count: int, default: int | None = None) -> Tensor:
         """Return the chosen indices below `count`, ascending."""
         limit = self.limit or (default if self.choose == "random" else None)
+        if self.part and (limit is None or limit >= count):
+            limit = max(1, count * 7 // 8)
         if limit is None or limit >= count:
             return torch.arange(count)
         if self.choose == "first":
