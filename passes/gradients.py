@@ -118,14 +118,15 @@ def backpropagate(
     objective: Objective,
     sites: Mapping[str, Site],
     weights: Mapping[str, Tensor] | None = None,
+    observe: Observer | None = None,
     emit: Observer | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the objective on one batch and its gradient by the weight (groups, out, in) float32 of each of `sites`.
 
     The model is run forwards once without a record, keeping what is alive between segments; then segment after segment
     is run again, from the last, with one: memory is that of one batch's values at every cut and of one segment's
-    activations, all on the graph's device. `weights` by site name stand in for the graph's own. `emit` is called in
-    that second run, as `DifferentiableGraph.run_segment` says, with outputs that take gradient hooks. A weight that is
+    activations, all on the graph's device. `weights` by site name stand in for the graph's own. `observe` and `emit`
+    are called in that second run, as `run_segment` says, `emit` with outputs that take gradient hooks. A weight that is
     read in another segment as well (an embedding tied to the head) counts there as the graph has it.
 
     Raises:
@@ -153,7 +154,7 @@ def backpropagate(
         own = {n: held[n] if n in held else graph.weight(sites[n]) for n in segment.sites if n in held or n in sites}
         own = {name: weight.detach().requires_grad_(name in sites) for name, weight in own.items()}
         with torch.enable_grad():
-            after = graph.run_segment(segment.index, values, weights=own, emit=emit)
+            after = graph.run_segment(segment.index, values, observe, own, emit)
         reached = [name for name in slopes if after[name].requires_grad]
         wanted = {name: weight for name, weight in own.items() if name in sites}
         slopes, gradients = _slopes([after[name] for name in reached], [slopes[n] for n in reached], values, wanted)

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.calibrate import Walk
+from sparsify_compiler.passes.prune.expand import SiteExpansion
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.problem import LayerProblem, LayerSolution
 
@@ -28,7 +30,10 @@ class ProblemRecord:
 
 @dataclass(frozen=True)
 class SiteOutcome:
-    """One pruned site: `keep` (groups, out, in) bool, sums over its groups. The weight is the graph's."""
+    """One pruned site: `keep` (groups, out, in) bool, sums over its groups. The weight is the graph's.
+
+    `refined` is what `Walk.refine` recorded of its segment, after the losses here were measured.
+    """
 
     name: str
     keep: Tensor
@@ -39,6 +44,7 @@ class SiteOutcome:
     damp: float | None
     seconds: float
     notes: tuple[str, ...]
+    refined: Mapping[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -46,8 +52,10 @@ class SiteOutcome:
         return 1 - float(self.keep.sum()) / max(self.keep.numel(), 1)
 
 
-def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
+def prune_layerwise(walk: Walk, expansions: Mapping[str, SiteExpansion] | None = None) -> dict[str, SiteOutcome]:
     """Solve every problem of `walk` by its site's rule and return the outcome of every pruned site, in order.
+
+    `expansions` by site name go to the problems of their sites.
 
     Given:   %y = linear(%x, weight=%w)      # %w (768, 3072) dense
     Result:  %y = linear(%x, weight=%w1)     # %w1 has exact zeros, the graph is otherwise the same
@@ -61,11 +69,19 @@ def prune_layerwise(walk: Walk) -> dict[str, SiteOutcome]:
         if decision.rule is not None
         for name in decision.site.problem_names()
     }
+    given = {
+        problem: partial(site.of_group, group)
+        for decision in walk.decisions
+        if (site := (expansions or {}).get(decision.site.name)) is not None
+        for group, problem in enumerate(decision.site.problem_names())
+    }
     with _whole_float32():
         for problem in walk.layers():
             rule = rules[problem.name]
             start = time.perf_counter()
-            solution = prune_with(problem, rule.method, rule.refit)
+            if expansion := given.get(problem.name):
+                problem = replace(problem, expansion=expansion(problem.weight.device))
+            solution = prune_with(problem, rule.method, rule.refit, rule.swaps)
             record = _record(problem, solution, time.perf_counter() - start)
             walk.accept(problem.name, solution, asdict(record))
     return {name: _outcome(name, saved.keep, saved.record) for name, saved in walk.finished.items()}
@@ -125,6 +141,7 @@ def _outcome(name: str, keep: Tensor, record: Mapping[str, Any]) -> SiteOutcome:
         damp=max(damps, default=None),
         seconds=sum(problem["seconds"] for problem in problems),
         notes=tuple(dict.fromkeys(note for problem in problems for note in problem["notes"])),
+        refined=record.get("refined"),
     )
 
 

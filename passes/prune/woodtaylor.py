@@ -83,8 +83,8 @@ class WoodTaylor:
         if layer.expansion is None:
             if layer.start is not None:
                 raise DataError(
-                    f"layer {layer.name!r}: woodtaylor needs the gradient of the model's loss at a pruned weight, found "
-                    "none; let the pipeline take it, or choose iobs"
+                    f"layer {layer.name!r}: woodtaylor needs the gradient of the model's loss at a pruned weight, "
+                    "found none; let the pipeline take it, or choose iobs"
                 )
             solution = solver.prune(layer)
             note = f"woodtaylor: no gradient of the model's loss was given: pruned by {self.solver} alone"
