@@ -12,6 +12,7 @@ from sparsify_compiler.frontends.layout import output_rows, row_chunks
 from sparsify_compiler.graph import DifferentiableGraph, Layout, Site
 from sparsify_compiler.passes.gradients import ModelLoss, backpropagate
 from sparsify_compiler.problem import Expansion, Gram
+from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.statistics import SLICE_ROWS, add_gram
 
 
@@ -46,6 +47,7 @@ def expand(
     sites: Mapping[str, Site],
     loss: ModelLoss,
     weighing: frozenset[str] = frozenset(),
+    progress: Progress = silent,
 ) -> dict[str, SiteExpansion]:
     """Return the expansion of `loss` around the weights that the graph has now, for `sites` by name.
 
@@ -66,6 +68,7 @@ def expand(
     squares = {name: _Squares(site, site.layout, name in weighing) for name, site in sites.items() if site.layout}
     terms = 0
     for number, batch in enumerate(batches):
+        progress("gradient of the model's loss", number, len(batches))
         terms += loss.count(batch)
         probe = loss.probe(batch, number)
         watch = _Watch(squares, padding(batch))
@@ -76,6 +79,7 @@ def expand(
             backpropagate(graph, batch, probe, sites, observe=watch.read, emit=watch.made)
         for name, gradient in found.items():
             gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+    progress("gradient of the model's loss", len(batches), len(batches))
     if not terms:
         raise CalibrationError("the model's loss has no term on any calibration batch; give longer or unmasked windows")
     return {name: squares[name].expansion(gradient.div_(terms), terms) for name, gradient in gradients.items()}

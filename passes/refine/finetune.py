@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.graph import DifferentiableGraph, Site
 from sparsify_compiler.passes.gradients import ModelLoss, backpropagate
 from sparsify_compiler.passes.refine.train import Schedule, Trained, add_gradients, train
+from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.steps import FineTune
 
 
@@ -20,6 +20,7 @@ def finetune(
     settings: FineTune,
     keep: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Trained:
     """Train the weights of `sites` on `batches` by Adam and leave `graph` with them; the mean loss is that of a term.
 
@@ -50,14 +51,12 @@ def finetune(
             total += value
         return total / terms
 
-    with torch.enable_grad():
-        trained = train(
-            weights,
-            masks,
-            len(batches),
-            gradient,
-            Schedule(settings.epochs, settings.rate, settings.batches, seed=seed),
-        )
+    def ended(epoch: int, loss: float, weights: object, keep: object) -> None:
+        progress("fine-tune", epoch, settings.epochs)
+
+    progress("fine-tune", 0, settings.epochs)
+    schedule = Schedule(settings.epochs, settings.rate, settings.batches, seed=seed)
+    trained = train(weights, masks, len(batches), gradient, schedule, after_epoch=ended)
     for site in sites:
         graph.set_weight(site, weights[site.name])
     return trained

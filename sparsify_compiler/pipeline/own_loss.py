@@ -1,0 +1,111 @@
+"""What a recipe asks of the model's own loss: its gradient before a round, and tuning between rounds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from sparsify_compiler.batches import Batch
+from sparsify_compiler.errors import RecipeError
+from sparsify_compiler.export.report_rows import size
+from sparsify_compiler.frontends.torch import TorchGraph
+from sparsify_compiler.graph import Graph, Site
+from sparsify_compiler.passes.gradients import DenseOutputs, ModelLoss, NextToken
+from sparsify_compiler.passes.prune.expand import Expand, SiteExpansion, expand
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
+from sparsify_compiler.passes.prune.rounds import Tune
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
+from sparsify_compiler.passes.refine.finetune import finetune
+from sparsify_compiler.pipeline.quality import is_language_model
+from sparsify_compiler.pipeline.rounds import forward_of_graph
+from sparsify_compiler.plan import Decision
+from sparsify_compiler.problem import Needs
+from sparsify_compiler.progress import Progress
+from sparsify_compiler.recipe import Recipe
+from sparsify_compiler.steps import FineTune
+
+LossAt = Callable[[Mapping[str, Tensor]], ModelLoss]
+"""The loss, given the dense weights (groups, out, in) by site name."""
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """`expand` and `tune` as `prune_in_rounds` takes them, None where nobody asks; `notes` for the report."""
+
+    expand: Expand | None = None
+    tune: Tune | None = None
+    notes: tuple[str, ...] = ()
+
+
+def own_loss(
+    graph: Graph, decisions: Sequence[Decision], recipe: Recipe, batches: Sequence[Batch], progress: Progress
+) -> OwnLoss:
+    """Prepare what needs the model's own loss: that of the tokens themselves, or the distance to the dense outputs.
+
+    `graph` is dense when this is called.
+
+    Raises:
+        RecipeError: the graph gives no gradients, or a method would not see what fine-tuning did.
+    """
+    needing = {
+        decision.site.name: decision.rule.method.needs
+        for decision in decisions
+        if decision.rule is not None and decision.rule.method.needs in (Needs.GRADIENT, Needs.FISHER)
+    }
+    if not needing and recipe.finetune is None:
+        return OwnLoss()
+    if not isinstance(graph, TorchGraph):
+        asking = "woodtaylor" if needing else "finetune"
+        raise RecipeError(
+            f"the recipe asks for {asking}, which needs the gradient of the model; an ONNX file is run by ONNX "
+            "Runtime, which gives none: compile the PyTorch model, or choose iobs"
+        )
+    sites = {d.site.name: d.site for d in decisions if d.rule is not None}
+    if recipe.finetune is not None:
+        _check_starts(decisions)
+    language = is_language_model(forward_of_graph(graph), batches[0])
+
+    def loss(dense: Mapping[str, Tensor]) -> ModelLoss:
+        return NextToken() if language else DenseOutputs(forward_of_graph(graph, dense))
+
+    asked = {name: sites[name] for name in needing}
+    weighing = frozenset(name for name, needs in needing.items() if needs is Needs.FISHER)
+
+    def expansions(batches: Sequence[Batch], dense: Mapping[str, Tensor]) -> Mapping[str, SiteExpansion]:
+        return expand(graph, batches, asked, loss(dense), weighing, progress)
+
+    notes = [f"the model's own loss is {loss({}).words}"]
+    if needing:
+        held = sum(4 * s.groups * s.out * s.in_ for s in asked.values())
+        held += sum(8 * asked[name].groups * asked[name].in_ ** 2 for name in weighing)
+        notes.append(f"woodtaylor: {size(held)} more held the gradient and the curvature of all its sites")
+    tune = None if recipe.finetune is None else partial(_tune, graph, sites, loss, recipe.finetune, progress)
+    return OwnLoss(expansions if needing else None, tune, tuple(notes))
+
+
+def _tune(
+    graph: TorchGraph,
+    sites: Mapping[str, Site],
+    loss: LossAt,
+    settings: FineTune,
+    progress: Progress,
+    batches: Sequence[Batch],
+    dense: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+) -> tuple[str, ...]:
+    """Tune the sites that a round reached; see `rounds.Tune`."""
+    tuned = finetune(graph, batches, [sites[name] for name in keep], loss(dense), settings, keep, progress=progress)
+    masked = "kept weights" if settings.masked else "all weights of the pruned sites"
+    losses = " ".join(f"{value:.4g}" for value in tuned.losses)
+    return (f"fine-tuning of {masked} between rounds: mean loss {losses} in its epochs", *tuned.notes)
+
+
+def _check_starts(decisions: Sequence[Decision]) -> None:
+    """Refuse methods that prune the dense weights anew: what tuning did would be lost on them."""
+    for decision in decisions:
+        if decision.rule is not None and not isinstance(decision.rule.method, IOBS | WoodTaylor):
+            raise RecipeError(
+                f"the recipe asks for finetune, but {decision.rule.method.name!r} of {decision.site.name!r} prunes the "
+                "dense weights anew in every round; choose iobs or woodtaylor (each can hold the method as its solver)"
+            )
