@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from sparsify_compiler import api
 from sparsify_compiler.api_bench import bench
+from sparsify_compiler.api_table import Draw, MethodTable, method_table
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.cli.requests import (
     BenchRequest,
@@ -19,6 +21,7 @@ from sparsify_compiler.cli.requests import (
     ExportRequest,
     InspectRequest,
     RecipeChoice,
+    TableRequest,
 )
 from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.export.onnx_model import WrittenOnnx
@@ -117,6 +120,42 @@ def bench_models(request: BenchRequest, progress: Progress) -> BenchReport:
     )
 
 
+def compare_methods(request: TableRequest, progress: Progress) -> MethodTable:
+    """Read the model and the data, draw by draw, and make the table. Raises SparsifyError."""
+    source = _open(request.model, request.trust, progress)
+    draws = []
+    for number in range(request.draws):
+        choice = dataclasses.replace(request.choice, seed=request.choice.seed + number)
+        drawn = _read(request.calibration, source, choice, request.trust, part=number > 0)
+        draws.append(Draw(drawn.batches, drawn.description))
+    measured = dataclasses.replace(request.choice, windows=request.heldout_windows)
+    heldout = {
+        name: _heldout(_read(reference, source, measured, request.trust, "first"))
+        for name, reference in _short_names(request.heldout).items()
+    }
+    return method_table(
+        source,
+        draws,
+        heldout,
+        request.trials,
+        output=request.output,
+        resume=request.resume,
+        share_batches=request.share_batches,
+        device=request.device,
+        progress=progress,
+        trust=request.trust,
+    )
+
+
+def _short_names(references: Sequence[str]) -> dict[str, str]:
+    """Map what tells references apart, the end of a path where that is enough, to them. Raises DataError."""
+    short = [reference.rstrip("/").rpartition("/")[2] for reference in references]
+    names = short if len(set(short)) == len(short) else references
+    if len(set(names)) < len(names):
+        raise DataError(f"--heldout {names[0]!r}: given twice; give every set once")
+    return dict(zip(names, references, strict=True))
+
+
 def run_model(model: Path, inputs: Path, output: Path) -> tuple[str, ...]:
     """Run an ONNX file on the arrays of `inputs` (.npz), write its outputs to `output`, and name them with shapes.
 
@@ -189,8 +228,17 @@ def _data(
     trust: bool,
     choose: Literal["random", "first"] = "random",
 ) -> Data | None:
-    if reference is None:
-        return None
+    return _read(reference, source, choice, trust, choose) if reference is not None else None
+
+
+def _read(
+    reference: str,
+    source: Source,
+    choice: DataChoice,
+    trust: bool,
+    choose: Literal["random", "first"] = "random",
+    part: bool = False,
+) -> Data:
     return load_data(
         reference,
         source,
@@ -200,6 +248,7 @@ def _data(
         preprocess=parse_preprocess(choice.preprocess) if choice.preprocess is not None else None,
         choose=choose,
         seed=choice.seed,
+        part=part,
         trust=trust,
     )
 

@@ -11,7 +11,8 @@ from sparsify_compiler.cli.compile import compile_verb, demo_verb, export_verb, 
 from sparsify_compiler.cli.guard import install_bug_report
 from sparsify_compiler.cli.kernels import kernels_verb
 from sparsify_compiler.cli.measure import evaluate_verb, inspect_verb, run_verb
-from sparsify_compiler.cli.reproduce import reproduce_verb
+from sparsify_compiler.cli.reproduce_recovery import recovery_verb
+from sparsify_compiler.cli.reproduce_table import table_verb
 
 VERBS = (
     (
@@ -38,10 +39,23 @@ VERBS = (
     ),
     ("kernels", kernels_verb, "sparsify-compiler kernels --device cuda"),
     ("export", export_verb, "sparsify-compiler export OUT/ -o model_trt.onnx --onnx-flavour trt"),
-    ("reproduce", reproduce_verb, "sparsify-compiler reproduce sparse-recovery --runs 20 --plot recovery.svg"),
+    (
+        "reproduce sparse-recovery",
+        recovery_verb,
+        "sparsify-compiler reproduce sparse-recovery --runs 20 --plot recovery.svg",
+    ),
+    (
+        "reproduce method-table",
+        table_verb,
+        "sparsify-compiler reproduce method-table SmolLM2-135M/ -c c4.jsonl --heldout wikitext.txt --heldout c4.txt "
+        "--methods magnitude,wanda,sparsegpt,alps,iobs --patterns 0.5,2:4,16:32 --output table/",
+    ),
     ("report", report_verb, "sparsify-compiler report OUT/"),
     ("demo", demo_verb, "sparsify-compiler demo -o demo-out/ --windows 16"),
 )
+
+GROUPS = {"reproduce": "Run a published experiment, or a comparison of methods, again."}
+"""What the verbs of two words, by the first of them, have in common."""
 
 
 def main() -> None:
@@ -63,11 +77,15 @@ def build_app() -> typer.Typer:
         rich_markup_mode="rich",
     )
     app.callback()(_program)
+    groups = {word: typer.Typer(no_args_is_help=True, rich_markup_mode="rich") for word in GROUPS}
+    for word, group in groups.items():
+        app.add_typer(group, name=word, help=GROUPS[word])
     for name, verb, *examples in VERBS:
         heading = "Example" if len(examples) == 1 else "Examples"
         # a blank line between two: rich joins lines that follow each other
         epilog = f"[bold]{heading}[/bold]\n\n" + "\n\n".join(f"  {example}" for example in examples)
-        app.command(name, epilog=epilog)(verb)
+        word, _, experiment = name.partition(" ")
+        groups.get(word, app).command(experiment or word, epilog=epilog)(verb)
     return app
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsify_compiler.api import METHODS
+from sparsify_compiler.api_table import Trial
 from sparsify_compiler.errors import ExportError, RecipeError
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.options import Options
@@ -74,6 +75,27 @@ class BenchRequest:
     decode: bool = False
     compiled: bool = False
     repeats: int = 20
+    device: str = "auto"
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """Prune `model` by every trial on each of `draws` draws of `calibration`, and measure it on every `heldout`.
+
+    `choice` is of the calibration data; at most `heldout_windows` samples of a held-out set are read.
+    """
+
+    model: str
+    calibration: str
+    heldout: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    draws: int = 3
+    choice: DataChoice = DataChoice()
+    heldout_windows: int | None = None
+    output: Path | None = None
+    resume: bool = False
+    share_batches: bool = False
     device: str = "auto"
     trust: bool = False
 

@@ -74,7 +74,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompileRequest]:
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_the_help_of_every_verb_has_an_example(verb: str) -> None:
-    status, said, _ = invoke(verb, "--help")
+    status, said, _ = invoke(*verb.split(), "--help")
     assert status == 0
     assert "Example" in said
     assert f"sparsify-compiler {verb}" in said
@@ -84,11 +84,12 @@ def test_the_help_of_every_verb_has_an_example(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS, ids=NAMES)
 def test_the_examples_in_the_help_can_be_parsed(verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     command = typer.main.get_command(build_app())
+    for word in verb[0].split():
+        command = command.commands[word]  # type: ignore[attr-defined]
     for example in verb[2:]:
-        words = example.split()
-        assert words[:2] == ["sparsify-compiler", verb[0]]
-        parsed = command.commands[verb[0]].make_context(verb[0], words[2:])  # type: ignore[attr-defined]
-        assert parsed.params["debug"] is False
+        said, _, options = example.partition(f"{verb[0]} ")
+        assert said == "sparsify-compiler "
+        assert command.make_context(verb[0], options.split()).params["debug"] is False
 
 
 def test_the_version_is_printed() -> None:

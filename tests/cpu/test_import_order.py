@@ -36,7 +36,7 @@ ORDER = (
     ("sources",),
     ("pipeline",),
     ("api",),
-    ("api_bench",),
+    ("api_bench", "api_table"),
     (FACADE,),
     ("cli",),
 )

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from sparsify_compiler.cli.reproduce import reproduce_verb
+from sparsify_compiler.cli.reproduce_recovery import recovery_verb
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.passes.prune.sparse_recovery import (
     gaussian_prior,
@@ -52,9 +52,9 @@ def images(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command("reproduce")(reproduce_verb)
+    app.command("sparse-recovery")(recovery_verb)
     app.callback()(lambda: None)
-    result = CliRunner().invoke(app, ["reproduce", "sparse-recovery", *arguments])
+    result = CliRunner().invoke(app, ["sparse-recovery", *arguments])
     return result.exit_code, " ".join(result.output.split())
 
 

@@ -1,8 +1,8 @@
-"""The verb `reproduce`: run a published experiment again, its figures beside those that were published."""
+"""The verb `reproduce sparse-recovery`: the synthetic experiment of the I-OBS paper beside its published figures."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -34,10 +34,7 @@ MEANING = {
 }
 
 
-def reproduce_verb(
-    experiment: Annotated[
-        Literal["sparse-recovery"], typer.Argument(help="sparse-recovery: Figure 1 of the I-OBS paper.")
-    ],
+def recovery_verb(
     prior: Annotated[Prior, typer.Option(help="What the sparse vector is drawn from.")] = "gaussian",
     scale: Annotated[
         Scale, typer.Option(help="paper: its code's 2/n between gradient and Hessian; correct: both of one loss.")
@@ -62,7 +59,7 @@ def reproduce_verb(
     seed: Annotated[int, typer.Option(help="Decides what is drawn; the default is the authors'.")] = SEED,
     debug: opt.Debug = False,
 ) -> None:
-    """Run a published experiment again and print its figures beside the published ones."""
+    """Run Figure 1 of the I-OBS paper again and print its figures beside the published ones."""
     with guard(debug):
         _check(prior, data, plot)
         images = read_images(data) if data is not None else None
