@@ -18,20 +18,40 @@ from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.checkpoint import Checkpoint, digest
 from sparsify_compiler.errors import DataError, ModelError, RecipeError
 from sparsify_compiler.evaluate import Forward
-from sparsify_compiler.export.report import FileReport, Quality, Report, RoundReport, SiteReport, Verification
+from sparsify_compiler.export.report import (
+    FileReport,
+    Quality,
+    Report,
+    RoundReport,
+    SiteReport,
+    StepReport,
+    Verification,
+)
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
+from sparsify_compiler.passes.refine.reconstruct import Reconstruction
 from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.own_loss import OwnLoss, own_loss
 from sparsify_compiler.pipeline.peak_memory import peak_memory_bytes
 from sparsify_compiler.pipeline.quality import Heldout, measure
+from sparsify_compiler.pipeline.refine import (
+    Lesson,
+    distill_notes,
+    distill_reports,
+    learn,
+    prepare_lesson,
+    reconstruct_notes,
+    reconstruct_reports,
+)
 from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss, round_notes, round_reports
 from sparsify_compiler.pipeline.workspace import Workspace
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import Needs
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
+from sparsify_compiler.refinement import Refine
 from sparsify_compiler.runtime.machine import versions
 
 LIBRARIES = (
@@ -47,6 +67,9 @@ LIBRARIES = (
     "cupy-cuda13x",
     "cupy-cuda12x",
 )
+
+REFINING = ("finetune", "reconstruct", "distill")
+"""The steps that train weights on the calibration data."""
 
 
 @dataclass
@@ -68,6 +91,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: tuple[RoundReport, ...] = ()
+    steps: tuple[StepReport, ...] = ()
     handed_out: Callable[[], Forward] | None = None
     watch: Callable[[Forward], None] | None = None
 
@@ -91,32 +115,70 @@ class Job:
         Raises:
             DataError: a method needs data and none was given.
         """
-        if missing := [*self.recipe.steps(), *(["dense_targets"] if self.recipe.dense_targets else [])]:
+        steps = [word for word in self.recipe.steps() if word not in REFINING]
+        if missing := [*steps, *(["dense_targets"] if self.recipe.dense_targets else [])]:
             raise RecipeError(f"the recipe asks for {missing[0]}, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
-        needing = sorted({d.rule.method.name for d in decisions if d.rule and d.rule.needs is not Needs.NOTHING})
-        if self.generated and needing:
+        rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
+        if self.generated and rules:
+            needing = min(f"{rule.method.name!r}{' with swaps' if rule.swaps else ''}" for rule in rules)
             raise DataError(
-                f"method {needing[0]!r} needs calibration data and none was given; give data, or choose magnitude"
+                f"method {needing} needs calibration data and none was given; give data, or choose magnitude"
             )
+        if self.generated and (asked := [word for word in self.recipe.steps() if word in REFINING]):
+            raise DataError(f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out")
         data: Sequence[Batch] = () if self.generated else self.batches
+        lesson = self._prepare_lesson(graph, decisions)
         if self.recipe.rounds > 1:
             outcomes, starved = self._prune_in_rounds(graph, decisions)
         else:
-            walk = Walk(graph, data, decisions, self._checkpoint(graph, decisions, data), self.progress)
+            checkpoint = self._checkpoint(graph, decisions, data)
+            walk = Walk(graph, data, decisions, checkpoint, self.progress, refine=self._refine())
             with self.stage("prune"):
                 self._say_memory(walk)
-                outcomes, starved = prune_layerwise(walk), walk.starved
+                loss = self._own_loss(graph, decisions)
+                expansions = loss.expand(data, {}) if loss.expand is not None else None
+                outcomes, starved = prune_layerwise(walk, expansions), walk.starved
         for name in starved:
             self.notes.append(f"{name}: no token of the calibration data reached it; it stays dense")
         if not outcomes:
             raise ModelError("nothing was pruned: no chosen site saw a token of the calibration data; nothing written")
+        outcomes = self._after_pruning(graph, decisions, outcomes, lesson)
         if self.generated:
             self.notes.append(
                 "no calibration data was given: weights were chosen without statistics, and outputs are compared on "
                 "generated inputs, which say little of the model's quality on real data"
             )
         return decisions, outcomes
+
+    def _prepare_lesson(self, graph: Graph, decisions: Sequence[Decision]) -> Lesson | None:
+        """Remember what the dense model does, where [distill] will want it."""
+        if self.recipe.distill is None:
+            return None
+        with self.stage("distill"):
+            return prepare_lesson(graph, decisions, self.batches, self.heldout, self.progress)
+
+    def _refine(self) -> Refine | None:
+        """Return what [reconstruct] does to every segment that was pruned."""
+        return Reconstruction(self.recipe.reconstruct, self.progress) if self.recipe.reconstruct is not None else None
+
+    def _after_pruning(
+        self,
+        graph: Graph,
+        decisions: Sequence[Decision],
+        outcomes: dict[str, SiteOutcome],
+        lesson: Lesson | None,
+    ) -> dict[str, SiteOutcome]:
+        """Report what was reconstructed, and distil; return the outcomes with the masks they have then."""
+        if self.recipe.reconstruct is not None:
+            self.steps += reconstruct_reports(outcomes)
+            self.notes.extend(reconstruct_notes(outcomes))
+        if self.recipe.distill is not None and lesson is not None:
+            with self.stage("distill"):
+                outcomes, done = learn(graph, decisions, outcomes, lesson, self.recipe.distill, self.progress)
+            self.steps += distill_reports(done, lesson)
+            self.notes.extend(distill_notes(done, lesson))
+        return outcomes
 
     def _prune_in_rounds(
         self, graph: Graph, decisions: Sequence[Decision]
@@ -129,9 +191,11 @@ class Job:
         checkpoint = self._checkpoint(graph, decisions, self.batches, data.split)
         with self.stage("prune"):
             largest = max(data.sets, key=len)
-            self._say_memory(Walk(graph, largest, decisions, dense_targets=True))
+            self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=self._refine()))
             name, measure_round = heldout_loss(graph, data.heldout, self.progress, lambda: self._after_round(graph))
-            rounds = prune_in_rounds(graph, data.sets, decisions, count, measure_round, checkpoint, self.progress)
+            rounds = prune_in_rounds(
+                graph, data.sets, decisions, count, measure_round, checkpoint, self.progress, refine=self._refine()
+            )
         copies = 8 * sum(d.site.groups * d.site.out * d.site.in_ for d in decisions if d.rule is not None)
         self.notes.append(f"rounds: {size(copies)} more held the dense weights and the best round's")
         self.rounds = round_reports(rounds, data, name)
@@ -144,6 +208,11 @@ class Job:
         if self.watch is not None:
             self.watch(forward)
         return forward
+
+    def _own_loss(self, graph: Graph, decisions: Sequence[Decision]) -> OwnLoss:
+        found = own_loss(graph, decisions, self.recipe, self.batches, self.progress)
+        self.notes.extend(found.notes)
+        return found
 
     def _say_memory(self, walk: Walk) -> None:
         """Say before pruning what the walk will hold beside the model."""
@@ -188,6 +257,7 @@ class Job:
             peak_memory_bytes=peak_memory_bytes(),
             notes=tuple(dict.fromkeys(self.notes)),
             rounds=self.rounds,
+            steps=self.steps,
         )
 
     def _checkpoint(

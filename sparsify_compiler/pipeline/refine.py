@@ -1,0 +1,137 @@
+"""What a recipe's [reconstruct] and [distill] need of a job: the dense model's outputs, and rows of the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from sparsify_compiler.batches import Batch, LazyBatches
+from sparsify_compiler.export.report import StepReport
+from sparsify_compiler.export.report_rows import size
+from sparsify_compiler.graph import DifferentiableGraph, Graph
+from sparsify_compiler.passes.prune.layerwise import SiteOutcome
+from sparsify_compiler.passes.refine.distill import Distilled, distill
+from sparsify_compiler.passes.refine.reselect import DiagonalReselect, site_mask
+from sparsify_compiler.passes.refine.teacher import Distance, Divergence, RelativeError, Teacher, sums_to_one
+from sparsify_compiler.pipeline.quality import Heldout, is_language_model
+from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph
+from sparsify_compiler.plan import Decision
+from sparsify_compiler.progress import Progress
+from sparsify_compiler.steps import Distill
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What [distill] trains towards and what it is chosen by, remembered of the dense model; `data` names the latter.
+
+    `given`: that is the held-out data quality is measured on.
+    """
+
+    training: Distance
+    heldout: Distance
+    data: str
+    given: bool
+
+
+def prepare_lesson(
+    graph: Graph,
+    decisions: Sequence[Decision],
+    batches: Sequence[Batch],
+    heldout: Heldout | None,
+    progress: Progress,
+) -> Lesson:
+    """Run the dense model (`graph` is not pruned yet) on the calibration batches, and on those to choose by.
+
+    Without held-out data one calibration batch in eight is kept aside, as for rounds. The loss is the KL divergence
+    where the model is a causal language model, or a classifier that labels came with; else the relative error.
+    """
+    data = divide_batches(LazyBatches(len(batches), batches.__getitem__), heldout, 1, share=True)
+    sites = [decision.site for decision in decisions if decision.rule is not None]
+    training, chosen_by = (Teacher(graph, part, sites, progress) for part in (data.sets[0], data.heldout.batches))
+    distribution = data.heldout.labels is not None or is_language_model(forward_of_graph(graph), batches[0])
+    one, other = (_distance(teacher, distribution) for teacher in (training, chosen_by))
+    return Lesson(one, other, data.heldout.description, heldout is not None)
+
+
+def learn(
+    graph: Graph,
+    decisions: Sequence[Decision],
+    outcomes: Mapping[str, SiteOutcome],
+    lesson: Lesson,
+    settings: Distill,
+    progress: Progress,
+) -> tuple[dict[str, SiteOutcome], Distilled]:
+    """Distil the pruned `graph`, and return the outcomes of its sites with the masks they have now."""
+    rules = {d.site: d.rule for d in decisions if d.rule is not None}
+    chosen = {site.name: (site, rule.pattern) for site, rule in rules.items() if site.name in outcomes}
+    reselect = None
+    if settings.reselect:
+        masks = (site_mask(site, pattern, outcomes[name].keep) for name, (site, pattern) in chosen.items())
+        reselect = DiagonalReselect(tuple(masks), settings.reselect)
+    done = distill(
+        cast(DifferentiableGraph, graph),
+        [site for site, _ in chosen.values()],
+        {name: outcomes[name].keep for name in chosen},
+        lesson.training,
+        lesson.heldout,
+        settings,
+        reselect,
+        progress,
+    )
+    return {name: replace(outcome, keep=done.keep[name]) for name, outcome in outcomes.items()}, done
+
+
+def reconstruct_reports(outcomes: Mapping[str, SiteOutcome]) -> tuple[StepReport, ...]:
+    """Return one row a segment that was reconstructed."""
+    fits = {each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}
+    return tuple(
+        StepReport("reconstruct", name, "relative error", fit["before"], fit["after"], None, fit["kept"])
+        for name, fit in fits.items()
+    )
+
+
+def reconstruct_notes(outcomes: Mapping[str, SiteOutcome]) -> tuple[str, ...]:
+    """Say what a reader must know of the segments' tuning."""
+    fits = {each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}
+    kept = sum(fit["kept"] for fit in fits.values())
+    return (
+        f"reconstruct: {kept} of {len(fits)} segments have tuned weights, the others' error did not fall; errors of "
+        "sites are those before it",
+        *(note for fit in fits.values() for note in fit["notes"]),
+    )
+
+
+def distill_reports(done: Distilled, lesson: Lesson) -> tuple[StepReport, ...]:
+    """Return one row an epoch, the weights that it began with first."""
+    return tuple(
+        StepReport(
+            step="distill",
+            part=f"epoch {epoch.number}" if epoch.number else "as it was pruned",
+            measure=lesson.heldout.words,
+            before=None,
+            after=epoch.training,
+            heldout=epoch.heldout,
+            kept=epoch.number == done.best,
+            data=lesson.data,
+        )
+        for epoch in done.epochs
+    )
+
+
+def distill_notes(done: Distilled, lesson: Lesson) -> tuple[str, ...]:
+    """Say what a reader must know of the distillation."""
+    held = lesson.training.teacher.size_bytes() + lesson.heldout.teacher.size_bytes()
+    notes = [f"distill: {size(held)} more held what the dense model has before its last segment, batch by batch"]
+    if done.best and lesson.given:
+        notes.append(
+            f"distill: epoch {done.best} was chosen on the held-out data that quality is measured on, which flatters "
+            "that figure a little; measure on other data to be sure"
+        )
+    if done.changed:
+        notes.append(f"distill: {done.changed:.3f} of the mask entries changed; errors of sites are those before it")
+    return (*notes, *(f"distill: {note}" for note in done.notes))
+
+
+def _distance(teacher: Teacher, distribution: bool) -> Distance:
+    if not distribution:
+        return RelativeError.of(teacher)
+    return Divergence(teacher, probabilities=sums_to_one(teacher.outputs(0)[0]))
