@@ -17,6 +17,7 @@ from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, Pruner, Targets
 
@@ -47,6 +48,7 @@ METHODS: tuple[Pruner, ...] = (
     ALPS(),
     OBC(),
     IOBS(),
+    WoodTaylor(),
 )
 
 # Odd sides, one row, one column, tails, runs of a convolution with tails, every kind of tile.

@@ -109,7 +109,8 @@ def test_recipe_words_are_the_methods_own_names() -> None:
 
 def test_each_method_says_what_it_needs() -> None:
     needs = {name: cls().needs for name, cls in METHODS_BY_NAME.items()}
-    assert needs == dict.fromkeys(needs, Needs.GRAM) | {"magnitude": Needs.NOTHING, "wanda": Needs.NORMS}
+    expected = {"magnitude": Needs.NOTHING, "wanda": Needs.NORMS, "woodtaylor": Needs.GRADIENT}
+    assert needs == dict.fromkeys(needs, Needs.GRAM) | expected
 
 
 def test_magnitude_keeps_the_largest_weights_by_hand() -> None:
