@@ -10,12 +10,16 @@ from sparsify_compiler.recipe import Recipe, Rule, matches
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to a site: pruned by `rule`, or dense for `reason`. `refused`: it could not be pruned at all."""
+    """What happens to a site: pruned by `rule`, or dense for `reason`. `refused`: it could not be pruned at all.
+
+    `notes` say what later steps made of the rule.
+    """
 
     site: Site
     rule: Rule | None
     reason: str = ""
     refused: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:

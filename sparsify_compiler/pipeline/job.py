@@ -29,6 +29,7 @@ from sparsify_compiler.export.report import (
 )
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
+from sparsify_compiler.passes.allocate import allocate
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
@@ -68,8 +69,8 @@ LIBRARIES = (
     "cupy-cuda12x",
 )
 
-REFINING = ("finetune", "reconstruct", "distill")
-"""The steps that train weights on the calibration data."""
+DATA_STEPS = ("allocate", "finetune", "reconstruct", "distill")
+"""The steps that read the calibration data whatever the method does."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Job:
         Raises:
             DataError: a method needs data and none was given.
         """
-        steps = [word for word in self.recipe.steps() if word not in REFINING]
+        steps = [word for word in self.recipe.steps() if word not in DATA_STEPS]
         if missing := [*steps, *(["dense_targets"] if self.recipe.dense_targets else [])]:
             raise RecipeError(f"the recipe asks for {missing[0]}, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
@@ -125,9 +126,14 @@ class Job:
             raise DataError(
                 f"method {needing} needs calibration data and none was given; give data, or choose magnitude"
             )
-        if self.generated and (asked := [word for word in self.recipe.steps() if word in REFINING]):
+        if self.generated and (asked := [word for word in self.recipe.steps() if word in DATA_STEPS]):
             raise DataError(f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out")
         data: Sequence[Batch] = () if self.generated else self.batches
+        if self.recipe.allocate is not None:
+            with self.stage("allocate"):
+                allocation = allocate(graph, data, decisions, self.recipe.allocate, self.progress)
+            decisions = allocation.decisions
+            self.notes.extend(allocation.notes)
         lesson = self._prepare_lesson(graph, decisions)
         if self.recipe.rounds > 1:
             outcomes, starved = self._prune_in_rounds(graph, decisions)
@@ -271,7 +277,7 @@ class Job:
         if self.workspace is None:
             return None
         tensors = (tensor for batch in data for _, tensor in named_tensors(batch))
-        names = [(d.site.name, d.site.segment, d.rule is not None) for d in decisions]
+        names = [(d.site.name, d.site.segment, d.rule and d.rule.sparsity) for d in decisions]
         where = environment(self.options.torch_device())  # other libraries or threads may round in another order
         parts = chain((where, format_recipe(self.recipe), names, split), graph.contents(), tensors)
         return Checkpoint(self.workspace.segments, digest(parts), self.options.resume)

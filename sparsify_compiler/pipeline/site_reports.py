@@ -53,7 +53,7 @@ def site_reports(
                 dense_bytes=size,
                 packed_bytes=packed[site.name].size_bytes() if site.name in packed else size,
                 onnx=forms.get(site.name, ""),
-                notes=outcome.notes,
+                notes=(*decision.notes, *outcome.notes),
                 variants=verdict.variants if verdict else "",
                 kernel_bytes=verdict.size_bytes if verdict else {},
             )
