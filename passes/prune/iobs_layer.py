@@ -9,6 +9,7 @@ from sparsify_compiler.errors import DataError, SingularGramError
 from sparsify_compiler.passes.prune.alps import ALPS
 from sparsify_compiler.passes.prune.curvature import DenseCurvature
 from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
@@ -16,6 +17,7 @@ from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, 
 SOLVERS: dict[str, Callable[[float], Pruner]] = {
     "sparsegpt": lambda damp: SparseGPT(damp=damp),
     "alps": lambda damp: ALPS(damp=damp),
+    "obc": lambda damp: OBC(damp=damp),
     "wanda": lambda damp: Wanda(),
     "magnitude": lambda damp: Magnitude(),
 }

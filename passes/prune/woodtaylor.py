@@ -89,7 +89,7 @@ class WoodTaylor:
             solution = solver.prune(layer)
             note = f"woodtaylor: no gradient of the model's loss was given: pruned by {self.solver} alone"
             return replace(solution, notes=(*solution.notes, note))
-        matrix = layer.expansion.inputs or gram
+        matrix = (layer.expansion.inputs if self.curvature == "fisher" else None) or gram
         scale, dead = _output_factor(layer.expansion.output_curvature, self.damp)
         curvature = self._curvature(layer.name, matrix)
         start = (layer.weight if layer.start is None else layer.start).to(matrix.matrix)

@@ -11,6 +11,7 @@ from sparsify_compiler.errors import DataError, SingularGramError
 from sparsify_compiler.passes.prune.alps import ALPS
 from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
@@ -52,7 +53,7 @@ def test_the_first_round_is_sparsegpt_bit_for_bit(case: Case, method: IOBS) -> N
 
 @pytest.mark.parametrize(
     ("word", "solver"),
-    [("sparsegpt", SparseGPT()), ("alps", ALPS()), ("wanda", Wanda()), ("magnitude", Magnitude())],
+    [("sparsegpt", SparseGPT()), ("alps", ALPS()), ("obc", OBC()), ("wanda", Wanda()), ("magnitude", Magnitude())],
 )
 @pytest.mark.parametrize("step", [1.0, 0.2])
 @pytest.mark.parametrize("targets", [True, False])
