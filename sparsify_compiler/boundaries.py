@@ -1,6 +1,6 @@
 """What is alive between two segments of a graph, batch by batch, on the host: a model walked front to back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,10 +44,19 @@ class Boundaries:
                 f"{first_line(error)}; every batch must fit the model, in sizes and in vocabulary"
             ) from error
 
-    def advance(self, index: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Replace every batch's values by those after segment `index`, through `weights` or those of now."""
+    def advance(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor] | None = None,
+        observe: Callable[[int], Observer] | None = None,
+    ) -> None:
+        """Replace every batch's values by those after segment `index`, through `weights` or those of now.
+
+        `observe` makes an observer for the batch of a number.
+        """
         for number in range(len(self.values)):
-            self.values[number] = _host(self.run(index, number, weights=weights))
+            watch = observe(number) if observe is not None else None
+            self.values[number] = _host(self.run(index, number, watch, weights))
 
 
 def boundary_bytes(graph: Graph, batch: Batch) -> int:

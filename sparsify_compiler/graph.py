@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparsify_compiler.channels import ChannelMap, Channels
+
 Values = dict[str, Any]
 """Live values by name: tensors, and the integers that symbolic sizes became."""
 
@@ -125,6 +127,14 @@ class Graph(Protocol):
 
     def outputs(self, values: Values) -> tuple[Tensor, ...]:
         """Return the model's output tensors from the values alive after the last segment."""
+        ...
+
+    def channels(self) -> ChannelMap:
+        """Find the sites' input channels whose order is free; see `channels`."""
+        ...
+
+    def reorder(self, channels: Channels, orders: Tensor) -> None:
+        """Put channels in another order, `Member.reordered` in all of their parameters; the function stays the same."""
         ...
 
     def contents(self) -> Iterator[object]:

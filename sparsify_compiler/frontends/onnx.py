@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir
 from torch import Tensor
 
+from sparsify_compiler.channels import ChannelMap, Channels
 from sparsify_compiler.errors import ExportError, ModelError
 from sparsify_compiler.frontends.layout import to_problem
 from sparsify_compiler.frontends.onnx_constants import Constants
@@ -199,6 +200,14 @@ class OnnxGraph:
             made = self._whole.run(names, {name: to_numpy(value) for name, value in values.items()})
             values |= {name: to_torch(value) for name, value in zip(names, made, strict=True)}
         return self.outputs(values)
+
+    def channels(self) -> ChannelMap:
+        """Say that every site's inputs stay in order: which operations the order passes through is not read yet."""
+        return ChannelMap((), dict.fromkeys(self._found, "channels of ONNX graphs are not traced in this release"))
+
+    def reorder(self, channels: Channels, orders: Tensor) -> None:
+        """Refuse: `channels` finds none."""
+        raise ModelError("channels of an ONNX graph cannot be put in another order in this release")
 
     def contents(self) -> Iterator[object]:
         """Yield the printed graph, then every initialiser's name and bytes."""

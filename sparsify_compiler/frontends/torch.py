@@ -1,21 +1,22 @@
 """The graph protocol over a torch.fx graph traced from a torch module."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify_compiler.batches import Batch
+from sparsify_compiler.channels import ChannelMap, Channels
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.layout import from_problem, to_problem
+from sparsify_compiler.frontends.torch_channels import find_channels
 from sparsify_compiler.frontends.torch_parts import Parts, divide
 from sparsify_compiler.frontends.torch_run import Runner, dotted, move_constants, replace_parameter
 from sparsify_compiler.frontends.torch_sites import Product
+from sparsify_compiler.frontends.torch_slice import Slice
 from sparsify_compiler.frontends.torch_trace import Traced, fixed_size, from_program, trace
 from sparsify_compiler.graph import Observer, Segment, Site, Values
 
@@ -36,30 +37,11 @@ def trace_program(program: ExportedProgram, device: torch.device | None = None) 
     return TorchGraph(from_program(program), device)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The next recorded operations after one site, as a differentiable function of that site's weight.
-
-    `inputs` names the values it reads besides the weight, `records` the values it returns, in execution order, the
-    site's own output first. Get both from `TorchGraph.record`: inputs with the pruned weights, targets with the dense.
-    """
-
-    site: Site
-    inputs: tuple[str, ...]
-    records: tuple[str, ...]
-    evaluate: Callable[[Tensor, Values], tuple[Tensor, ...]]
-
-    def __call__(self, weight: Tensor, values: Values) -> tuple[Tensor, ...]:
-        """Return the recorded outputs for `weight` (groups, out, in); supports jvp, vjp and double backward.
-
-        Attention runs in its mathematical form: the fused kernels have no forward-mode or second derivative.
-        """
-        with sdpa_kernel(SDPBackend.MATH):
-            return self.evaluate(weight, values)
-
-
 class TorchGraph:
-    """A traced torch model. The weights start as the user's own and are replaced, never written in place."""
+    """A traced torch model. The weights start as the user's own and are replaced, never written in place.
+
+    `reordered` names the parameters and buffers that `reorder` replaced, each by its first name.
+    """
 
     def __init__(self, traced: Traced, device: torch.device | None = None) -> None:
         self.traced = traced
@@ -76,6 +58,7 @@ class TorchGraph:
         self._resident: dict[str, Any] = {}
         self._resident_segment = -1
         self._constants: dict[tuple[Any, ...], Values] = {}
+        self.reordered: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -102,11 +85,27 @@ class TorchGraph:
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace the weight by `weight` (groups, out, in), under every name it is tied to."""
         old = dotted(self.module, site.parameter)
-        native = self._native(site, weight.detach()).to(device=old.device, dtype=old.dtype)
-        for name in self._parts.aliases[site.parameter]:
+        self._replace(site.parameter, self._native(site, weight.detach()).to(device=old.device, dtype=old.dtype))
+
+    def channels(self) -> ChannelMap:
+        """Find the sites' input channels whose order is free."""
+        return find_channels(self.module, self.sites, self._parts.aliases, self.traced.how)
+
+    def reorder(self, channels: Channels, orders: Tensor) -> None:
+        """Put channels in another order, in every parameter and buffer that counts them."""
+        for member in channels.members:
+            old = dotted(self.module, member.parameter).detach()
+            self._replace(member.parameter, member.reordered(old, orders).contiguous())
+            self.reordered |= {member.parameter}
+        self._constants.clear()
+
+    def _replace(self, parameter: str, native: Tensor) -> None:
+        """Put a new tensor in the place of a parameter or buffer, under every name it is tied to."""
+        names = self._parts.aliases[parameter]
+        for name in names:
             replace_parameter(self.module, name, native)
-        first = dotted(self.module, site.parameter)
-        for name in self._parts.aliases[site.parameter][1:]:  # tied names share one Parameter again
+        first = dotted(self.module, names[0])
+        for name in names[1:]:  # tied names share one Parameter again
             owner, _, leaf = name.rpartition(".")
             setattr(dotted(self.module, owner) if owner else self.module, leaf, first)
         self._resident.clear()

@@ -2,16 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from math import prod
 
 from torch import Tensor, fx
 
+from sparsify_compiler.channels import ChannelMap, Channels, Member
 from sparsify_compiler.frontends.torch_axes import Axes, Factors
 from sparsify_compiler.frontends.torch_label_rules import RULES, pointwise
 from sparsify_compiler.frontends.torch_labels import Attribute, Labels
 from sparsify_compiler.frontends.torch_run import dotted
 from sparsify_compiler.graph import ConvLayout, Site
-from sparsify_compiler.graph_channels import ChannelMap, Channels, Member
 
 
 def find_channels(
@@ -111,7 +112,8 @@ def _channels(labels: Labels, leaf: int, sites: Sequence[str], blocks: Factors) 
         if leaf in leaves:
             shape = tuple(_length(labels, factor) for factor in leaves)
             channels = tuple(at for at, factor in enumerate(leaves) if factor == leaf)
-            members.append(Member(name, shape, channels, tuple(leaves.index(block) for block in blocks)))
+            ends = tuple(accumulate(len(labels.axes.leaves(axis)) for axis in label))
+            members.append(Member(name, shape, ends, channels, tuple(leaves.index(block) for block in blocks)))
     return Channels(sizes[leaf], prod(sizes[block] for block in blocks), tuple(members), tuple(sites))
 
 

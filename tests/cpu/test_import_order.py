@@ -20,6 +20,7 @@ ORDER = (
     ("problem", "kernel"),
     ("steps",),
     ("recipe",),
+    ("channels",),
     ("graph",),
     ("plan",),
     ("batches",),

@@ -14,18 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter that counts the channels: `shape` is its own with every axis split into factors.
+    """A parameter that counts the channels: `shape` is its own with every axis split into factors, slowest first.
 
-    `channels` are the positions in `shape` that count them; `blocks` those that count the blocks.
+    `ends` are the positions in `shape` after the last factor of each of its own axes; `channels` the positions that
+    count the channels; `blocks` those that count the blocks, if any: then `channels` is one.
     """
 
     parameter: str
     shape: tuple[int, ...]
+    ends: tuple[int, ...]
     channels: tuple[int, ...]
     blocks: tuple[int, ...]
 
     def reordered(self, value: Tensor, orders: Tensor) -> Tensor:
-        """Return `value`, the parameter or a tensor of its shape, with its channels in the given `orders`.
+        """Return `value`, a tensor of the parameter's own shape, with its channels in the given `orders`.
 
         `orders` is int64 (blocks, size): channel p of a block of the result is channel `orders[block, p]` of `value`.
         """
@@ -41,6 +43,16 @@ class Member:
         index = index.permute(sorted(range(len(where)), key=where.__getitem__))
         index = index.reshape([size if at in where else 1 for at, size in enumerate(self.shape)])
         return torch.take_along_dim(factored, index, axis).reshape(value.shape)
+
+    def rows(self, value: Tensor, axis: int) -> Tensor:
+        """Bring `value`, of the parameter's own shape, into (blocks, rows, channels) of its own axis `axis`.
+
+        The channels are that axis's last factor; all factors that count neither them nor the blocks count rows.
+        """
+        last = self.ends[axis] - 1
+        rest = [at for at in range(len(self.shape)) if at != last and at not in self.blocks]
+        arranged = value.reshape(self.shape).permute(*self.blocks, *rest, last)
+        return arranged.reshape(prod(self.shape[at] for at in self.blocks), -1, self.shape[last])
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,3 @@ class ChannelMap:
 
     free: tuple[Channels, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
-
-
-def rows_by_block(value: Tensor, member: Member) -> Tensor:
-    """Bring a tensor of a member's shape into (blocks, rows, size): its channels last, all other factors in rows.
-
-    Only for a member that counts the channels once.
-    """
-    (axis,) = member.channels
-    rest = [at for at in range(len(member.shape)) if at != axis and at not in member.blocks]
-    arranged = value.reshape(member.shape).permute(*member.blocks, *rest, axis)
-    return arranged.reshape(prod(member.shape[at] for at in member.blocks), -1, member.shape[axis])
