@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparsify_compiler.batches import Batch, padding
+from sparsify_compiler.batches import Batch, Padding, padding
 from sparsify_compiler.boundaries import Boundaries, values_bytes
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import Graph, Site
@@ -102,7 +102,8 @@ class Divergence:
 class RelativeError:
     """‖y − y_dense‖² / ‖y_dense‖² of every floating-point output, over all batches, summed over outputs.
 
-    `energies` are ‖y_dense‖² over all batches, output by output, None for one that is not compared. Use `of`.
+    `energies` are ‖y_dense‖² over all batches, output by output, None for one that is not compared. Rows of tokens that
+    an `attention_mask` hides are left out. Use `of`.
     """
 
     teacher: Teacher
@@ -114,7 +115,7 @@ class RelativeError:
         """Measure the dense outputs of all batches first."""
         sums: list[float | None] = []
         for number in range(len(teacher.batches)):
-            outputs = teacher.outputs(number)
+            outputs = _shown(teacher.outputs(number), padding(teacher.batches[number]))
             found = [float(y.double().square().sum()) if y.is_floating_point() else None for y in outputs]
             sums = (
                 found
@@ -129,13 +130,19 @@ class RelativeError:
 
     def objective(self, number: int) -> Objective:
         """See `Distance`."""
+        hidden = padding(self.teacher.batches[number])
 
         def share(outputs: tuple[Tensor, ...]) -> Tensor:
-            triples = zip(outputs, self.teacher.outputs(number), self.energies, strict=True)
+            both = (_shown(values, hidden) for values in (outputs, self.teacher.outputs(number)))
+            triples = zip(*both, self.energies, strict=True)
             terms = [(y.float() - t.float()).square().sum() / e for y, t, e in triples if e is not None]
             return torch.stack(terms).sum() * len(self.teacher.batches)
 
         return share
+
+
+def _shown(outputs: tuple[Tensor, ...], hidden: Padding | None) -> tuple[Tensor, ...]:
+    return outputs if hidden is None else tuple(map(hidden.drop, outputs))
 
 
 def sums_to_one(scores: Tensor) -> bool:

@@ -9,6 +9,7 @@ from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.evaluate import fidelity
 from sparsify_compiler.frontends.torch import trace_module
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
+from sparsify_compiler.passes.refine.teacher import RelativeError, Teacher
 from sparsify_compiler.pattern import Unstructured
 from sparsify_compiler.plan import decide
 from sparsify_compiler.problem import LayerProblem
@@ -116,3 +117,27 @@ def test_closeness_does_not_count_what_a_model_returns_for_padding() -> None:
     assert fidelity(dense, other_on_padding, [batch]).relative_error == 0
     whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
     assert fidelity(dense, lambda _: other_on_padding(batch), [whole]).relative_error > 0
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids) * (1 + attention_mask[..., None]))
+
+
+def test_distillation_does_not_learn_what_a_model_returns_for_padding() -> None:
+    batches = [padded(sentences()[:7]), padded(sentences()[7:])]
+    teacher = Teacher(trace_module(seeded(Tagger), batches[0]), batches, [])
+    distance = RelativeError.of(teacher)
+    shown = [teacher.outputs(number)[0][batch["attention_mask"] == 1] for number, batch in enumerate(batches)]
+    energy = sum(float(rows.double().square().sum()) for rows in shown)
+    assert distance.energies == pytest.approx((energy,))
+    (outputs,) = teacher.outputs(1)
+    hidden = batches[1]["attention_mask"][..., None] == 0
+    assert distance.objective(1)((outputs + hidden,)) == 0
+    # One added to each of 4 entries of every shown row, and a mean over 2 batches of one share of the energy each.
+    expected = 2 * shown[1].numel() / energy
+    assert float(distance.objective(1)((outputs + ~hidden,))) == pytest.approx(expected, rel=1e-5)
