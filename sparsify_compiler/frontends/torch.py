@@ -40,7 +40,7 @@ def trace_program(program: ExportedProgram, device: torch.device | None = None) 
 class TorchGraph:
     """A traced torch model. The weights start as the user's own and are replaced, never written in place.
 
-    `reordered` names the parameters and buffers that `reorder` replaced, each by its first name.
+    `reordered` names the parameters and buffers that `reorder` replaced, each by all of its names.
     """
 
     def __init__(self, traced: Traced, device: torch.device | None = None) -> None:
@@ -58,7 +58,7 @@ class TorchGraph:
         self._resident: dict[str, Any] = {}
         self._resident_segment = -1
         self._constants: dict[tuple[Any, ...], Values] = {}
-        self.reordered: frozenset[str] = frozenset()
+        self.reordered: dict[tuple[str, ...], None] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -77,11 +77,6 @@ class TorchGraph:
         native = dotted(self.module, site.parameter).detach()
         return to_problem(native, site.layout).to(torch.float32, copy=True).contiguous()
 
-    def native_weight(self, site: Site) -> Tensor:
-        """Return the weight as the model holds it, in its own shape and dtype, not copied."""
-        native: Tensor = dotted(self.module, site.parameter)
-        return native.detach()
-
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace the weight by `weight` (groups, out, in), under every name it is tied to."""
         old = dotted(self.module, site.parameter)
@@ -96,7 +91,7 @@ class TorchGraph:
         for member in channels.members:
             old = dotted(self.module, member.parameter).detach()
             self._replace(member.parameter, member.reordered(old, orders).contiguous())
-            self.reordered |= {member.parameter}
+            self.reordered[self._parts.aliases[member.parameter]] = None
         self._constants.clear()
 
     def _replace(self, parameter: str, native: Tensor) -> None:

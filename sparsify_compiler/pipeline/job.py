@@ -1,17 +1,11 @@
 """One compile run: what its stages share, from the user's batches to the report."""
 
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
-from pathlib import Path
-
-import torch
 
 from sparsify_compiler.batches import Batch, named_tensors
 from sparsify_compiler.calibrate import Walk
@@ -30,9 +24,11 @@ from sparsify_compiler.export.report import (
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.allocate import allocate
+from sparsify_compiler.passes.permute import permute_channels
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
+from sparsify_compiler.pipeline.environment import command, environment
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.own_loss import OwnLoss, own_loss
 from sparsify_compiler.pipeline.peak_memory import peak_memory_bytes
@@ -53,21 +49,6 @@ from sparsify_compiler.problem import Needs
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
 from sparsify_compiler.refinement import Refine
-from sparsify_compiler.runtime.machine import versions
-
-LIBRARIES = (
-    "sparsify-compiler",
-    "torch",
-    "transformers",
-    "numpy",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "cupy-cuda13x",
-    "cupy-cuda12x",
-)
 
 DATA_STEPS = ("allocate", "finetune", "reconstruct", "distill")
 """The steps that read the calibration data whatever the method does."""
@@ -116,9 +97,8 @@ class Job:
         Raises:
             DataError: a method needs data and none was given.
         """
-        steps = [word for word in self.recipe.steps() if word not in DATA_STEPS]
-        if missing := [*steps, *(["dense_targets"] if self.recipe.dense_targets else [])]:
-            raise RecipeError(f"the recipe asks for {missing[0]}, which this version cannot do yet; leave it out")
+        if self.recipe.dense_targets:
+            raise RecipeError("the recipe asks for dense_targets, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
         rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
         if self.generated and rules:
@@ -129,11 +109,7 @@ class Job:
         if self.generated and (asked := [word for word in self.recipe.steps() if word in DATA_STEPS]):
             raise DataError(f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out")
         data: Sequence[Batch] = () if self.generated else self.batches
-        if self.recipe.allocate is not None:
-            with self.stage("allocate"):
-                allocation = allocate(graph, data, decisions, self.recipe.allocate, self.progress)
-            decisions = allocation.decisions
-            self.notes.extend(allocation.notes)
+        decisions = self._before_pruning(graph, data, decisions)
         lesson = self._prepare_lesson(graph, decisions)
         if self.recipe.rounds > 1:
             outcomes, starved = self._prune_in_rounds(graph, decisions)
@@ -156,6 +132,23 @@ class Job:
                 "generated inputs, which say little of the model's quality on real data"
             )
         return decisions, outcomes
+
+    def _before_pruning(
+        self, graph: Graph, data: Sequence[Batch], decisions: tuple[Decision, ...]
+    ) -> tuple[Decision, ...]:
+        """Put channels in order and give sites sparsities, as the recipe says; return what became of the decisions."""
+        if self.recipe.permute is not None:
+            with self.stage("permute"):
+                sweeps = self.recipe.permute.sweeps
+                permuted = permute_channels(graph, decisions, data, self.batches[0], sweeps, self.progress)
+            decisions = permuted.decisions
+            self.notes.extend(permuted.notes)
+        if self.recipe.allocate is not None:
+            with self.stage("allocate"):
+                allocation = allocate(graph, data, decisions, self.recipe.allocate, self.progress)
+            decisions = allocation.decisions
+            self.notes.extend(allocation.notes)
+        return decisions
 
     def _prepare_lesson(self, graph: Graph, decisions: Sequence[Decision]) -> Lesson | None:
         """Remember what the dense model does, where [distill] will want it."""
@@ -281,25 +274,3 @@ class Job:
         where = environment(self.options.torch_device())  # other libraries or threads may round in another order
         parts = chain((where, format_recipe(self.recipe), names, split), graph.contents(), tensors)
         return Checkpoint(self.workspace.segments, digest(parts), self.options.resume)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Name the machine and the library versions a figure depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), **versions(LIBRARIES)}
-    found["device"] = device_name(device)
-    found["threads"] = str(torch.get_num_threads())
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """Name the accelerator, or the processor, in words."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"cpu {platform.processor() or platform.machine()}"
-
-
-def command(function: str = "compile") -> str:
-    """Return the command line that runs, or the function's name where a program of the user's own does."""
-    if sys.argv and Path(sys.argv[0]).name == "sparsify-compiler":
-        return shlex.join(["sparsify-compiler", *sys.argv[1:]])
-    return f"sparsify_compiler.{function}(...)"

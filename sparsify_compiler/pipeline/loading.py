@@ -6,7 +6,7 @@ from torch import nn
 from sparsify_compiler.export.torch import Artefact
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.pattern import parse_pattern
-from sparsify_compiler.pipeline.job import device_name
+from sparsify_compiler.pipeline.environment import device_name
 from sparsify_compiler.pipeline.tuning import Tuner
 from sparsify_compiler.runtime.kernels import kernel_named
 

@@ -22,7 +22,8 @@ from sparsify_compiler.export.report import Quality
 from sparsify_compiler.frontends.torch import trace_module, trace_program
 from sparsify_compiler.passes.batchnorm import batchnorm_layers
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
-from sparsify_compiler.pipeline.job import Job, command, environment
+from sparsify_compiler.pipeline.environment import command, environment
+from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.method_table_log import RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options

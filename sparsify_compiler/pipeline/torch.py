@@ -19,7 +19,8 @@ from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.closing_check import explained, growth
-from sparsify_compiler.pipeline.job import Job, device_name
+from sparsify_compiler.pipeline.environment import device_name
+from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.site_reports import site_reports
 from sparsify_compiler.pipeline.torch_prune import Pruned, finish_torch, move_module, prune_torch
 from sparsify_compiler.pipeline.tuning import Tuner, conv_inputs, words

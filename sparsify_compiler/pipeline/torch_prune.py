@@ -87,19 +87,18 @@ def module_forward(module: nn.Module) -> Forward:
 
 
 def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Iterable[str]) -> nn.Module:
-    """Copy the user's module with the graph's pruned weights in it, not copied; the dense ones are left out."""
+    """Copy the user's module with the graph's new weights in it, not copied; the dense ones are left out."""
     if isinstance(model, ExportedProgram):
         home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
         return move_module(_unshare(graph.module), home)
     by_name = {site.name: site for site in graph.sites}
     memo: dict[int, object] = {}
-    for name in outcomes:
-        site = by_name[name]
+    for names in dict.fromkeys((*graph.reordered, *(graph.aliases(by_name[name]) for name in outcomes))):
         new: Tensor | None = None
-        for parameter in graph.aliases(site):
-            old = dotted(model, parameter)
+        for name in names:
+            old = dotted(model, name)
             if new is None:
-                new = graph.native_weight(site).to(old)
+                new = dotted(graph.module, name).detach().to(old)
                 if isinstance(old, nn.Parameter):
                     new = nn.Parameter(new, requires_grad=old.requires_grad)
             memo[id(old)] = new
