@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from sparsify_compiler.errors import PatternError, RecipeError
 from sparsify_compiler.pattern import Pattern, parse_pattern
-from sparsify_compiler.problem import Pruner
+from sparsify_compiler.problem import Needs, Pruner
 from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct, Step
 
 
@@ -55,6 +55,11 @@ class Rule:
                 f"rule {self.sites!r}: pattern {self.pattern} removes {fixed:g} of the weights, sparsity "
                 f"{self.sparsity:g} was asked; leave the sparsity out or choose another pattern"
             )
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics without which the rule cannot be followed: the method's, and the Gram matrix for swaps."""
+        return Needs.GRAM if self.swaps and self.method.needs is not Needs.LOOKAHEAD else self.method.needs
 
     def matches(self, site: str) -> bool:
         """Say whether the rule speaks of the site named `site`."""

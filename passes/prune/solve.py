@@ -4,19 +4,21 @@ import torch
 
 from sparsify_compiler.errors import ModelError, PatternError
 from sparsify_compiler.passes.prune.refit import refit as refit_kept
+from sparsify_compiler.passes.prune.swaps import refine
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Pruner
 
 
-def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True) -> LayerSolution:
+def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True, swaps: int = 0) -> LayerSolution:
     """Return what `method` makes of `problem`, re-solved on its mask where `refit` and a Gram matrix is at hand.
 
+    In between, `swaps` rounds of 1-swap search refine the mask and re-solve the weights, see `refine`.
     The weight is float32 and exactly zero off `keep`, which obeys the pattern with its exact count; both losses are
     filled where there is a Gram matrix. The problem is not modified.
 
     Raises:
         ModelError: the weight has entries that are not finite.
         PatternError: the pattern does not fit the weight.
-        DataError, CalibrationError, SingularGramError: as the method and the re-solve say.
+        DataError, CalibrationError, SingularGramError: as the method, the swaps and the re-solve say.
     """
     out, in_ = problem.weight.shape
     if not torch.isfinite(problem.weight).all():
@@ -27,6 +29,8 @@ def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True) -> Lay
     if solution.loss is None and problem.gram is not None:
         loss = problem.loss(solution.weight)
         solution = LayerSolution(solution.weight, solution.keep, loss, loss, solution.stats, solution.notes)
+    if swaps:
+        solution = refine(problem, solution, swaps)
     if refit:
         solution = refit_kept(problem, solution)
     _check(problem, method, solution)
