@@ -13,6 +13,7 @@ from sparsify_compiler.batches import Batch, LazyBatches, named_tensors, sample_
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate_pairs import SentencePairs
 from sparsify_compiler.sources.generated import generated_batches
+from sparsify_compiler.sources.given import checked, split_labels
 from sparsify_compiler.sources.images import ImageSet, Preprocess, array_images, read_images
 from sparsify_compiler.sources.images import stack as stack_images
 from sparsify_compiler.sources.models import FACTORY, Source, call_factory, import_attribute
@@ -110,7 +111,7 @@ def generate_data(source: Source, seed: int = 0, refuses: Callable[[Batch], str 
         DataError: the model does not say enough to generate inputs.
     """
     if source.batches is not None:
-        batches = _checked(source.batches, f"batches of {source.reference!r}")
+        batches = checked(source.batches, f"batches of {source.reference!r}")
         return Data(
             batches, "factory", sum(map(sample_count, batches)), f"{len(batches)} batches of the model's factory"
         )
@@ -254,8 +255,8 @@ def _from_factory(reference: str, source: Source, trust: bool, draw: Draw) -> Da
     where = f"data {reference!r}"
     entries = call_factory(lambda: list(made), reference, "data")  # a generator runs only now
     assert isinstance(entries, list)
-    pairs = [_pair(entry, source) for entry in entries]
-    batches = _checked([batch for batch, _ in pairs], where)
+    pairs = [split_labels(entry, source) for entry in entries]
+    batches = checked([batch for batch, _ in pairs], where)
     labels = [label for _, label in pairs if label is not None]
     taken = draw.of(len(batches)).tolist()
     chosen = [batches[index] for index in taken]
@@ -267,34 +268,6 @@ def _from_factory(reference: str, source: Source, trust: bool, draw: Draw) -> Da
         f"{reference}: {draw.words(len(chosen), len(batches), 'batches')}",
         kept,
     )
-
-
-def _pair(entry: object, source: Source) -> tuple[object, Tensor | None]:
-    """Split (batch, labels) where the second is 1-D integers, one a sample, and not itself a required input."""
-    if not (isinstance(entry, tuple) and len(entry) == 2):
-        return entry, None
-    first, second = entry
-    if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
-        return entry, None
-    if isinstance(first, Tensor) and sum(spec.required for spec in source.inputs) > 1:
-        return entry, None
-    return first, second.long()
-
-
-def _checked(batches: Sequence[object], where: str) -> list[Batch]:
-    """Check that every entry is a batch."""
-    good: list[Batch] = []
-    for index, entry in enumerate(batches):
-        values = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, tuple) else (entry,)
-        if not values or not all(isinstance(value, Tensor) for value in values):
-            raise DataError(
-                f"{where}: batch {index} is {type(entry).__name__}; a batch is a tensor, a tuple of tensors or a "
-                "dict of tensors by input name"
-            )
-        good.append(entry)  # type: ignore[arg-type]
-    if not good:
-        raise DataError(f"{where}: no batch; give at least one")
-    return good
 
 
 def _samples(batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -105,8 +106,8 @@ def tokenise(
     """Tokenise every sentence by the model's own tokenizer, special tokens included, and pad those of like length.
 
     A batch holds about 2,048 tokens, or `batch_size` sentences; an `attention_mask` hides the padding. Longer sentences
-    than `sequence_length` (None: the longest the model allows, 2,048 at most) are cut. Where the model fixes the number
-    of sentences a call, the last batch is filled with copies of its last sentence.
+    than `sequence_length` (None: the longest the model allows, 2,048 at most) are cut. Where the model fixes a length,
+    all are padded to it; where it fixes the sentences a call, copies of the last one fill the last batch.
 
     Raises:
         DataError: the model generates text, has no tokenizer or no attention_mask, or a sentence has no token.
@@ -120,7 +121,8 @@ def tokenise(
             "--sequence-length, or token ids as .npz"
         )
     tokenizer = load_tokenizer(path, source)
-    limit = window_length(source, sequence_length, tokenizer_limit(tokenizer))
+    rows, length = _fixed_sizes(source)
+    limit = min(window_length(source, sequence_length, tokenizer_limit(tokenizer)), length or sys.maxsize)
     ids = [list(map(int, found)) for found in tokenizer(list(sentences), verbose=False)["input_ids"]]
     long = [number for number, found in enumerate(ids) if len(found) > limit]
     for number in long:
@@ -130,42 +132,51 @@ def tokenise(
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
     places = torch.empty(len(ids), dtype=torch.int64)
     places[order] = torch.arange(len(ids))
-    batches, copies = _padded([ids[number] for number in order], source, tokenizer.pad_token_id or 0, batch_size, where)
-    words = f", {len(long)} cut to {limit} tokens" if long else ""
-    words += f", {copies} copies of the last to fill a batch" if copies else ""
-    return Tokenised(batches, places, words)
-
-
-def _padded(
-    ids: Sequence[Sequence[int]], source: Source, pad: int, batch_size: int | None, where: str
-) -> tuple[LazyBatches, int]:
-    """Divide token ids, longest first, into padded batches, and count the copies that fill the last."""
-    shape = next((spec.shape for spec in source.inputs if spec.name == "input_ids"), None) or (None, None)
-    fixed_rows, fixed_length = (axis if isinstance(axis, int) else None for axis in shape[:2])
-    required = {spec.name for spec in source.inputs if spec.required}
-    starts = [0]
-    while starts[-1] < len(ids):
-        rows = fixed_rows or batch_size or max(1, BATCH_TOKENS // len(ids[starts[-1]]))
-        starts.append(starts[-1] + rows)
-    parts = list(pairwise(starts))
+    parts = _divide([len(ids[number]) for number in order], rows or batch_size)
+    copies = parts[-1].stop - len(ids) if rows else 0
+    ordered, pad = [ids[number] for number in order], tokenizer.pad_token_id or 0
 
     def make(index: int) -> Batch:
-        start, stop = parts[index]
-        rows = [ids[min(row, len(ids) - 1)] for row in range(start, stop if fixed_rows else min(stop, len(ids)))]
-        length = max(fixed_length or 0, len(rows[0]))
-        arrays = {
-            "input_ids": torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        }
-        for name in ("token_type_ids", "position_ids"):
-            if name in required:
-                arrays[name] = torch.zeros_like(arrays["input_ids"])
-        if "position_ids" in arrays:
-            arrays["position_ids"] += torch.arange(length)
-        return as_batch(fit_tensors(arrays, source, where), source)
+        chosen = [ordered[min(row, len(ids) - 1)] for row in parts[index] if rows or row < len(ids)]
+        return _padded(chosen, length or len(chosen[0]), pad, source, where)
 
     make(0)  # what does not fit the model is said now
-    return LazyBatches(len(parts), make), (starts[-1] - len(ids)) if fixed_rows else 0
+    words = f", {len(long)} cut to {limit} tokens" if long else ""
+    words += f", {copies} copies of the last to fill a batch" if copies else ""
+    return Tokenised(LazyBatches(len(parts), make), places, words)
+
+
+def _fixed_sizes(source: Source) -> tuple[int | None, int | None]:
+    """Return how many sentences of how many tokens the model takes a call, None where that is free."""
+    shape = next((spec.shape for spec in source.inputs if spec.name == "input_ids"), None) or (None, None)
+    rows, length = (axis if isinstance(axis, int) else None for axis in shape[:2])
+    return rows, length
+
+
+def _divide(lengths: Sequence[int], rows: int | None) -> list[range]:
+    """Divide sentences, longest first, into batches of `rows`, or of as many as `BATCH_TOKENS` hold once padded.
+
+    The last range may end beyond the sentences.
+    """
+    starts = [0]
+    while starts[-1] < len(lengths):
+        starts.append(starts[-1] + (rows or max(1, BATCH_TOKENS // lengths[starts[-1]])))
+    return [range(start, stop) for start, stop in pairwise(starts)]
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, pad: int, source: Source, where: str) -> Batch:
+    """Make one batch, every row padded to `length`, of the inputs that the model asks for."""
+    arrays = {
+        "input_ids": torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+    }
+    required = {spec.name for spec in source.inputs if spec.required}
+    for name in ("token_type_ids", "position_ids"):
+        if name in required:
+            arrays[name] = torch.zeros_like(arrays["input_ids"])
+    if "position_ids" in arrays:
+        arrays["position_ids"] += torch.arange(length)
+    return as_batch(fit_tensors(arrays, source, where), source)
 
 
 def _lines(path: Path, where: str) -> list[tuple[int, list[str]]]:

@@ -121,22 +121,27 @@ def test_long_sentences_are_cut_and_that_is_said(tmp_path: Path, tokenizer: Toke
     assert data.description == "lines.txt: all 2 sentences, 1 cut to 4 tokens"
 
 
+def onnx_encoder(tokenizer: TokenizerFiles, rows: int, length: int | None) -> Source:
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    inputs = tuple(InputSpec(name, torch.int32, (rows, length)) for name in names)
+    return Source("m.onnx", "onnx", inputs=inputs, tokenizer=tokenizer, vocabulary=10)
+
+
 def test_fixed_sizes_of_an_onnx_file_are_filled(tmp_path: Path, tokenizer: TokenizerFiles) -> None:
-    inputs = tuple(InputSpec(name, torch.int32, (2, 6)) for name in ("input_ids", "attention_mask", "token_type_ids"))
-    source = Source("m.onnx", "onnx", inputs=inputs, tokenizer=tokenizer, vocabulary=10)
-    data = load_data(str(file(tmp_path, "pairs.csv", *(line.replace("\t", ",") for line in PAIRS[:2]))), source)
-    assert [named(batch)["input_ids"].shape for batch in data.batches] == [(2, 6), (2, 6)]
-    batch = named(data.batches[0])
-    assert batch["input_ids"].dtype == torch.int32
+    path = str(file(tmp_path, "pairs.csv", *(line.replace("\t", ",") for line in PAIRS)))
+    data = load_data(path, onnx_encoder(tokenizer, 2, 4))
+    assert [named(batch)["input_ids"].shape for batch in data.batches] == [(2, 4)] * 3
+    assert shown(data.batches)[:2] == [[8, 1, 2, 7], [8, 5, 6, 7]]
+    assert data.description.endswith("1 cut to 4 tokens")
+    batch = named(data.batches[2])
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int32}
     assert not batch["token_type_ids"].any()
-    assert shown(data.batches)[0] == [8, 5, 6, 1, 7]
-    odd = load_data(str(file(tmp_path, "pair.tsv", PAIRS[0], PAIRS[1], PAIRS[2])), source)
-    assert odd.description.endswith("3 pairs of sentences")
-    three = Source("m.onnx", "onnx", inputs=(InputSpec("input_ids", torch.int64, (4, None)),
-                   InputSpec("attention_mask", torch.int64, (4, None))), tokenizer=tokenizer)  # fmt: skip
-    filled = load_data(str(file(tmp_path, "pairs.tsv", *PAIRS)), three)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+    filled = load_data(path, onnx_encoder(tokenizer, 4, None))
     assert filled.description.endswith("2 copies of the last to fill a batch")
-    assert [len(named(batch)["input_ids"]) for batch in filled.batches] == [4, 4]
+    rows = shown(filled.batches)
+    assert len(rows) == 8
+    assert rows[5] == rows[6] == rows[7]
 
 
 STS = "main\tMSRvid\t2012\t0024\t2.5\tA \"girl.\tA girl\t'"
