@@ -70,9 +70,10 @@ def row_chunks(x: Tensor, layout: Layout, padding: Padding | None = None) -> Ite
 
 
 def output_rows(y: Tensor, layout: Layout, padding: Padding | None = None) -> Tensor:
-    """Return what a layer makes of the rows of `row_chunks`, in their order, for its output `y`: (groups, tokens, out)."""
+    """Return what a layer makes of the rows of `row_chunks`, in order, for the output `y`: (groups, tokens, out)."""
     if isinstance(layout, MatmulLayout):
-        return torch.cat(list(row_chunks(y, layout, padding)), dim=1)
+        none = y.new_empty(1, 0, y.shape[layout.input_axis])
+        return torch.cat([none, *row_chunks(y, layout, padding)], dim=1)
     if y.dim() == len(layout.kernel) + 1:
         y = y.unsqueeze(0)
     split = y.reshape(y.shape[0], layout.groups, y.shape[1] // layout.groups, -1)  # (images, groups, out, positions)

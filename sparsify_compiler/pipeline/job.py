@@ -192,8 +192,18 @@ class Job:
             largest = max(data.sets, key=len)
             self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=self._refine()))
             name, measure_round = heldout_loss(graph, data.heldout, self.progress, lambda: self._after_round(graph))
+            loss = self._own_loss(graph, decisions)
             rounds = prune_in_rounds(
-                graph, data.sets, decisions, count, measure_round, checkpoint, self.progress, refine=self._refine()
+                graph,
+                data.sets,
+                decisions,
+                count,
+                measure_round,
+                checkpoint,
+                self.progress,
+                refine=self._refine(),
+                expand=loss.expand,
+                tune=loss.tune,
             )
         copies = 8 * sum(d.site.groups * d.site.out * d.site.in_ for d in decisions if d.rule is not None)
         self.notes.append(f"rounds: {size(copies)} more held the dense weights and the best round's")
