@@ -108,9 +108,7 @@ def _with_sparsity(decision: Decision, share: Share, removed: int) -> Decision:
     asked = decision.rule.sparsity
     if not removed:
         return Decision(decision.site, None, f"the allocation leaves it dense; sparsity {asked:g} was asked")
-    note = f"allocate: {share.sparsity(removed):.4f} of the weights go, {asked:g} was asked"
-    rule = replace(decision.rule, sparsity=share.sparsity(removed))
-    return replace(decision, rule=rule, notes=(*decision.notes, note))
+    return replace(decision, rule=replace(decision.rule, sparsity=share.sparsity(removed)), asked=asked)
 
 
 def _summary(step: Allocate, shares: Mapping[str, Share], removed: Mapping[str, int]) -> str:

@@ -12,13 +12,15 @@ from sparsify_compiler.recipe import Recipe, Rule, matches
 class Decision:
     """What happens to a site: pruned by `rule`, or dense for `reason`. `refused`: it could not be pruned at all.
 
-    `notes` say what later steps made of the rule.
+    `asked` is the sparsity that the recipe asked for where the site was given another, which its rule then has; `notes`
+    say what else was made of the rule.
     """
 
     site: Site
     rule: Rule | None
     reason: str = ""
     refused: bool = False
+    asked: float | None = None
     notes: tuple[str, ...] = ()
 
 

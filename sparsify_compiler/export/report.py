@@ -17,7 +17,8 @@ class SiteReport:
 
     `kernel` is what the torch module runs ("dense" where dense won); `refused_kernels` maps each other kernel to its
     reason; `variants` is what the kernel was told by token count and `kernel_bytes` what each candidate keeps for the
-    weight; `damp` is the largest ridge that was needed, as a share of the Gram's mean diagonal.
+    weight; `asked_sparsity` is the recipe's where the site was given one of its own; `damp` is the largest ridge that
+    was needed, as a share of the Gram's mean diagonal.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SiteReport:
     notes: tuple[str, ...] = ()
     variants: str = ""
     kernel_bytes: Mapping[str, int] = field(default_factory=dict)
+    asked_sparsity: float | None = None
 
 
 @dataclass(frozen=True)

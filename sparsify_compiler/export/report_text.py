@@ -271,7 +271,8 @@ def _folded(rows: Sequence[Row], sites: int) -> str:
 
 
 def _pattern(site: SiteReport) -> str:
-    return site.pattern if ":" in site.pattern else f"{site.pattern} {site.sparsity:.3g}"
+    asked = f" ({site.asked_sparsity:g} asked)" if site.asked_sparsity is not None else ""
+    return site.pattern if ":" in site.pattern else f"{site.pattern} {site.sparsity:.3g}{asked}"
 
 
 def _tokens(row: Row) -> Text:

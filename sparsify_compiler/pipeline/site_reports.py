@@ -41,6 +41,7 @@ def site_reports(
                 pattern=str(rule.pattern),
                 method=f"{rule.method.name} + refit" if rule.refit and outcome.loss is not None else rule.method.name,
                 sparsity=outcome.sparsity,
+                asked_sparsity=decision.asked,
                 tokens=outcome.tokens,
                 loss_selected=outcome.loss_selected,
                 loss=outcome.loss,

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.calibrate import Walk
-from sparsify_compiler.errors import CalibrationError, RecipeError
+from sparsify_compiler.errors import CalibrationError, DataError, RecipeError
 from sparsify_compiler.evaluate import fidelity
+from sparsify_compiler.export.report import Report, report_from_json
+from sparsify_compiler.export.report_html import report_html
+from sparsify_compiler.export.report_text import report_text
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.passes.allocate import Allocation, allocate, outlier_share
 from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
@@ -21,6 +25,7 @@ from sparsify_compiler.passes.error_curves import Outputs, cost_curve, dense_wal
 from sparsify_compiler.passes.prune.alps import ALPS
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.solve import prune_with
+from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.rounds import forward_of_graph
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.problem import LayerProblem
@@ -174,7 +179,7 @@ def test_the_total_is_that_of_the_rules_and_nothing_moves_beyond_the_spread(by: 
     for old, new in zip(before, found.decisions, strict=True):
         if old.rule is not None:
             assert abs(old.rule.sparsity - (new.rule.sparsity if new.rule else 0.0)) <= 0.1 + 1e-12
-            assert new.notes or new.reason
+            assert new.rule is None or new.asked == old.rule.sparsity
     assert "as many as without;" in found.notes[0]
 
 
@@ -306,3 +311,69 @@ def test_data_that_says_nothing_is_refused() -> None:
     graph = trace_module(seeded(Best), batches[0])
     with pytest.raises(CalibrationError, match=r'sum of squares 0 on 3 batches.*by = "owl"'):
         allocated(graph, batches, Allocate(), sc.make_rule("inner", sc.Unstructured(), sc.SparseGPT(), 0.5))
+
+
+def recipe(rounds: int = 1) -> sc.Recipe:
+    return sc.Recipe((UNIFORM,), rounds=rounds, allocate=Allocate("error-curve", 0.2))
+
+
+def asked_and_given(report: Report) -> dict[str, tuple[float | None, float]]:
+    return {site.name: (site.asked_sparsity, site.sparsity) for site in report.sites if site.status == "pruned"}
+
+
+def test_a_compiled_model_has_the_allocated_sparsities_and_the_report_says_so() -> None:
+    module, batches = seeded(Mlp, depth=2), mlp_batches()
+    _, report = sc.compile(module, batches, recipe=recipe(), options=sc.Options(tokens=(1,)))
+    rows = asked_and_given(report)
+    assert {asked for asked, _ in rows.values()} == {0.5}
+    graph = trace_module(module, batches[0])
+    given = sparsities(allocated(graph, batches, Allocate("error-curve", 0.2)).decisions)
+    assert {name: sparsity for name, (_, sparsity) in rows.items()} == pytest.approx(given)
+    assert len(set(given.values())) > 1
+    assert sum(given[name] for name in given) == 0.5 * len(given)  # sites of one size, powers of two
+    assert report.notes[0].startswith("allocate: by error-curve, 4 sites within 0.2")
+    assert report.seconds["allocate"] > 0
+    assert "0.5 asked" in report_text(report)
+    assert "0.5 asked" in report_html(report)
+    assert report_from_json(report.to_json()) == report
+
+
+def test_every_round_prunes_by_the_first_allocation() -> None:
+    module, batches = seeded(Mlp, depth=2), mlp_batches(6)
+    reports = [
+        sc.compile(module, batches, recipe=recipe(rounds), options=sc.Options(tokens=(1,), share_batches=True))[1]
+        for rounds in (1, 3)
+    ]
+    assert len(reports[1].rounds) == 3
+    assert asked_and_given(reports[0]) == asked_and_given(reports[1])
+
+
+def test_generated_inputs_are_refused() -> None:
+    magnitude = sc.Recipe(
+        (sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.5, refit=False),), allocate=Allocate()
+    )
+    graph = trace_module(seeded(Mlp), mlp_batches(1)[0])
+    job = Job("model", magnitude, sc.Options(), mlp_batches(1), True, None, silent, None)
+    with pytest.raises(DataError, match=r"\[allocate\] needs calibration data"):
+        job.prune(graph)
+
+
+def test_a_killed_run_allocates_again_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def run(name: str, resume: bool = False, stop: str = "") -> bytes:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == stop:
+                raise Killed
+
+        options = sc.Options(output=tmp_path / name, onnx=False, tokens=(1,), resume=resume)
+        sc.compile(seeded(Mlp, depth=3), mlp_batches(2), recipe=recipe(), options=options, progress=progress)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = run("whole")
+    for stop in ("allocate blocks.1", "prune blocks.2"):
+        with pytest.raises(Killed):
+            run("killed", stop=stop)
+        assert run("killed", resume=True) == whole
+        (tmp_path / "killed").rename(tmp_path / stop.replace(" ", "-"))
