@@ -7,6 +7,7 @@ weights with holes. It stands inside the walk: the next segment is pruned throug
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class SegmentFit:
     kept: bool
     notes: tuple[str, ...] = ()
 
+    def record(self) -> dict[str, Any]:
+        """Return the fields as a checkpoint's JSON gives them back."""
+        return {**asdict(self), "notes": list(self.notes)}
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -51,7 +56,7 @@ class Reconstruction:
         name = segment.graph.segments[segment.index].name
         if not task.energies:
             why = f"{name}: no floating-point value of finite energy leaves it, so there is nothing to reconstruct"
-            return Refined({}, asdict(SegmentFit(name, 0.0, 0.0, kept=False, notes=(why,))))
+            return Refined({}, SegmentFit(name, 0.0, 0.0, kept=False, notes=(why,)).record())
         before = task.error(task.weights)
         keep = {name: site.keep.to(task.device) for name, site in segment.sites.items()}
         settings = self.settings
@@ -68,7 +73,7 @@ class Reconstruction:
         after = task.error(task.weights)
         fit = SegmentFit(name, before, after, kept=after < before, notes=trained.notes)
         tuned = {name: weight.detach().cpu() for name, weight in task.weights.items()} if fit.kept else {}
-        return Refined(tuned, asdict(fit))
+        return Refined(tuned, fit.record())
 
 
 class _Task:
