@@ -59,7 +59,8 @@ class Rule:
     @property
     def needs(self) -> Needs:
         """The statistics without which the rule cannot be followed: the method's, and the Gram matrix for swaps."""
-        return Needs.GRAM if self.swaps and self.method.needs is not Needs.LOOKAHEAD else self.method.needs
+        needs = self.method.needs
+        return Needs.GRAM if self.swaps and needs in (Needs.NOTHING, Needs.NORMS) else needs
 
     def matches(self, site: str) -> bool:
         """Say whether the rule speaks of the site named `site`."""
