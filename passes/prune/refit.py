@@ -57,11 +57,7 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     if exact_rows and solved.iterations:
         # Without a count, so that equal notes of many layers are one line of the report; `stats` has it.
         notes.append("refit: rows too ill-conditioned for the iterations were solved with a Cholesky factor each")
-    if problem.gram.tokens < problem.weight.shape[1]:
-        notes.append(
-            f"refit: {problem.gram.tokens} tokens for {problem.weight.shape[1]} inputs leave the weights undetermined; "
-            "more calibration data gives a better model"
-        )
+    notes.extend(too_few_tokens(problem, "refit"))
     if solved.ridge > NOISE:
         notes.append(f"refit: the Gram matrix is singular on the kept columns: ridge raised to {solved.ridge:g}")
     if kept_rows:
@@ -77,6 +73,17 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     }
     selected = solution.loss_selected if solution.loss_selected is not None else problem.loss(solution.weight)
     return LayerSolution(weight, solution.keep, selected, loss, stats, tuple(notes))
+
+
+def too_few_tokens(problem: LayerProblem, step: str) -> tuple[str, ...]:
+    """Return the note of `step` where fewer tokens than inputs were seen, else nothing."""
+    in_ = problem.weight.shape[1]
+    if problem.gram is None or problem.gram.tokens >= in_:
+        return ()
+    return (
+        f"{step}: {problem.gram.tokens} tokens for {in_} inputs leave the weights undetermined; "
+        "more calibration data gives a better model",
+    )
 
 
 def _least_squares(problem: LayerProblem, gram: Gram, solution: LayerSolution) -> MaskedLeastSquares:

@@ -11,7 +11,7 @@ from sparsify_compiler.problem import LayerProblem, LayerSolution, Pruner
 def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True, swaps: int = 0) -> LayerSolution:
     """Return what `method` makes of `problem`, re-solved on its mask where `refit` and a Gram matrix is at hand.
 
-    In between, `swaps` rounds of 1-swap search refine the mask and re-solve the weights, see `refine`.
+    With `swaps`, as many rounds of 1-swap search refine the mask, and re-solve it in any case: see `refine`.
     The weight is float32 and exactly zero off `keep`, which obeys the pattern with its exact count; both losses are
     filled where there is a Gram matrix. The problem is not modified.
 
@@ -31,7 +31,7 @@ def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True, swaps:
         solution = LayerSolution(solution.weight, solution.keep, loss, loss, solution.stats, solution.notes)
     if swaps:
         solution = refine(problem, solution, swaps)
-    if refit:
+    elif refit:
         solution = refit_kept(problem, solution)
     _check(problem, method, solution)
     return solution

@@ -7,6 +7,7 @@ from sparsify_compiler.kernel import Packed
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.plan import Decision
+from sparsify_compiler.recipe import Rule
 from sparsify_compiler.runtime.tuning.verdicts import Verdict
 
 
@@ -39,7 +40,7 @@ def site_reports(
                 status="pruned",
                 reason=verdict.reason if verdict else why_dense.get(site.name, ""),
                 pattern=str(rule.pattern),
-                method=f"{rule.method.name} + refit" if rule.refit and outcome.loss is not None else rule.method.name,
+                method=_steps(rule, outcome),
                 sparsity=outcome.sparsity,
                 asked_sparsity=decision.asked,
                 tokens=outcome.tokens,
@@ -60,6 +61,13 @@ def site_reports(
             )
         )
     return tuple(rows)
+
+
+def _steps(rule: Rule, outcome: SiteOutcome) -> str:
+    """Name the method and what came after it; swaps re-solve the weights themselves."""
+    if rule.swaps:
+        return f"{rule.method.name} + swaps"
+    return f"{rule.method.name} + refit" if rule.refit and outcome.loss is not None else rule.method.name
 
 
 def _unpruned(decision: Decision, size: int) -> SiteReport:

@@ -190,12 +190,15 @@ def test_the_re_solved_loss_never_rises_and_pattern_and_counts_stay(method: Prun
     solution = prune_with(problem, method, swaps=3)
     assert obeys(case.pattern, solution.keep, case.run) is None
     assert torch.equal(solution.keep.sum(dim=1), selected.keep.sum(dim=1))
-    assert solution.loss_selected == selected.loss or solution.loss_selected == problem.loss(selected.weight)
+    selected_loss = problem.loss(selected.weight)
+    assert selected_loss is not None
+    assert solution.loss_selected == selected_loss
     assert solution.loss is not None
     assert solved.loss is not None
     energy = problem.energy()
     assert energy is not None
-    assert solution.loss <= solved.loss + 1e-12 * energy  # float64 sums of the size of the energy
+    assert solution.loss <= selected_loss + 1e-12 * energy  # float64 sums of the size of the energy
+    assert solution.loss <= solved.loss + 1e-6 * energy  # the search's ridge, a share of the mean diagonal
     assert torch.equal(before[0], problem.weight)
     assert torch.equal(before[1], problem.gram.matrix)
 
@@ -223,9 +226,9 @@ def test_swaps_gain_on_every_method(pattern: Pattern) -> None:
         assert plain is not None
         assert better.loss is not None
         assert better.loss < plain
-        # The re-solve before the swaps and the plain one have the same optimum, each to 1e-6 of its gain.
+        # The re-solve before the swaps and the plain one have the same optimum, but for the ridge of 1e-6.
         assert better.stats["loss_before_swaps"] == pytest.approx(plain, rel=1e-4)
-        assert better.stats["loss_after_swaps"] == pytest.approx(better.loss, rel=1e-4)
+        assert better.stats["loss_after_swaps"] == better.loss
 
 
 def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +269,8 @@ def test_fewer_tokens_than_inputs_do_not_raise_the_loss() -> None:
     solution, energy = refine(problem, start, rounds=10), problem.energy()
     assert solution.loss is not None
     assert energy is not None
-    assert solution.loss <= (refit(problem, start).loss or 0.0) + 1e-12 * energy
+    assert solution.loss <= (start.loss or 0.0) + 1e-12 * energy
+    assert "swaps: 5 tokens for 32 inputs leave the weights undetermined" in solution.notes[-1]
 
 
 def test_the_search_starts_from_the_minimiser_of_the_true_quadratic() -> None:
