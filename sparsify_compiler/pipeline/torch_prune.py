@@ -21,8 +21,9 @@ from sparsify_compiler.plan import Decision
 
 @dataclass(frozen=True)
 class Pruned:
-    """The pruned module before lowering, and what was decided and found for its sites."""
+    """The pruned module before lowering, the `dense` one, and what was decided and found for its sites."""
 
+    dense: nn.Module | ExportedProgram
     module: nn.Module
     graph: TorchGraph
     decisions: Sequence[Decision]
@@ -59,19 +60,19 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
         name: PrunedSite(by_name[name], str(rules[name].pattern), outcome.keep, graph.aliases(by_name[name]))
         for name, outcome in outcomes.items()
     }
-    return Pruned(module, graph, decisions, outcomes, sites)
+    return Pruned(model, module, graph, decisions, outcomes, sites)
 
 
 def finish_torch(job: Job, pruned: Pruned) -> None:
     """Re-estimate the BatchNorm statistics of the pruned module where that is wanted, and cast it, in place."""
-    _reestimate(job, pruned.module)
+    _reestimate(job, pruned)
     pruned.module.to(job.options.torch_dtype())
 
 
 def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
     """Return the module with the weights that the graph has now, its BatchNorm statistics those of the job's data."""
     module = _copy(model, graph, [site.name for site in graph.sites if site.refusal is None])
-    reestimate_batchnorm(module, job.batches, job.progress)
+    reestimate_batchnorm(module, model, job.batches, job.progress)
     return module_forward(module)
 
 
@@ -124,15 +125,19 @@ def _unshare(module: nn.Module) -> nn.Module:
     return module
 
 
-def _reestimate(job: Job, module: nn.Module) -> None:
+def _reestimate(job: Job, pruned: Pruned) -> None:
     if not job.options.recalibrate_batchnorm or job.generated:
         return
-    with job.stage("re-estimate BatchNorm"):
-        layers = reestimate_batchnorm(module, job.batches, job.progress)
-    if _folded_batchnorm(module):
+    layers = 0
+    if isinstance(pruned.dense, nn.Module):
+        with job.stage("re-estimate BatchNorm"):
+            layers = reestimate_batchnorm(pruned.module, pruned.dense, job.batches, job.progress)
+    if _folded_batchnorm(pruned.module):
         job.notes.append("BatchNorm statistics are constants of the traced program: they were not re-estimated")
     if layers:
-        job.notes.append(f"the statistics of {layers} BatchNorm layers were re-estimated on the calibration data")
+        job.notes.append(
+            f"the statistics of {layers} BatchNorm layers were re-estimated: moved by what pruning changed on the data"
+        )
 
 
 def _folded_batchnorm(module: nn.Module) -> bool:

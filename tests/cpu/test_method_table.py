@@ -134,7 +134,7 @@ def test_figures_without_re_estimated_batchnorm_are_those_of_the_dense_statistic
     dense = model.get_submodule("norm")
     module.get_submodule("norm").load_state_dict(dense.state_dict())
     assert row.without[0].sparse == accuracy()
-    reestimate_batchnorm(module, draws(1)[0].batches)
+    reestimate_batchnorm(module, model, draws(1)[0].batches)
     assert row.quality[0].sparse == accuracy()
     assert row.quality != row.without
 
