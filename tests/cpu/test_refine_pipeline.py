@@ -1,0 +1,120 @@
+"""[reconstruct] and [distill] through the whole pipeline: recipes, what is measured, the report, what is handed out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler as sc
+from sparsify_compiler.errors import DataError
+from sparsify_compiler.export.report import Report, report_from_json
+from sparsify_compiler.export.report_html import report_html
+from sparsify_compiler.export.report_text import report_text
+from sparsify_compiler.pipeline.quality import Heldout
+from sparsify_compiler.steps import Distill, Reconstruct
+from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
+
+OPTIONS = sc.Options(tokens=(1,))
+
+
+def recipe(**more: object) -> sc.Recipe:
+    rule = sc.make_rule("*", sc.NM(2, 4), sc.SparseGPT())
+    return sc.Recipe((rule,), reconstruct=Reconstruct(2, 1e-3, 2), distill=Distill(2, 1e-3, 2), **more)  # type: ignore[arg-type]
+
+
+def epochs(report: Report) -> list[float]:
+    return [each.heldout for each in report.steps if each.step == "distill" and each.heldout is not None]
+
+
+class Causal(nn.Module):
+    """Predicts the next of 20 tokens from the running mean of those before it, through two numbered blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 20)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).cumsum(1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_both_steps_are_taken_reported_and_the_module_has_the_tuned_weights() -> None:
+    module, batches = seeded(Mlp, depth=2), mlp_batches(5)
+    plain, _ = sc.compile(
+        module, batches, recipe=dataclasses.replace(recipe(), reconstruct=None, distill=None), options=OPTIONS
+    )
+    tuned, report = sc.compile(module, batches, recipe=recipe(), options=OPTIONS)
+    rows = [each for each in report.steps if each.step == "reconstruct"]
+    assert [each.part for each in rows] == ["blocks.0", "blocks.1"]
+    for each in rows:
+        assert each.before is not None
+        assert each.after is not None
+        assert each.kept == (each.after < each.before)
+    losses = epochs(report)
+    assert len(losses) == 3
+    kept = [each.kept for each in report.steps if each.step == "distill"]
+    assert kept.index(True) == losses.index(min(losses)) > 0
+    assert report.steps[-1].data == "1 calibration batches kept aside"
+    with torch.no_grad():
+        dense = module(batches[0])
+        errors = [float((each(batches[0]) - dense).square().sum()) for each in (plain, tuned)]  # type: ignore[operator]
+    assert errors[1] < errors[0]
+    assert all(site.sparsity == 0.5 for site in report.sites if site.status == "pruned")
+    assert any("reconstruct: 2 of 2 segments" in note for note in report.notes)
+    assert {"distill", "prune"} <= set(report.seconds)
+    assert report_from_json(report.to_json()) == report
+    for drawing in (report_text(report), report_html(report)):
+        assert "Step reconstruct" in drawing
+        assert "as it was pruned" in drawing
+    table = dataclasses.asdict(report)
+    del table["steps"]
+    assert report_from_json(json.dumps(table)) == dataclasses.replace(report, steps=())
+
+
+def test_a_language_model_and_a_classifier_are_distilled_by_their_distributions() -> None:
+    ids = [torch.randint(0, 20, (16, 16), generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    _, report = sc.compile(seeded(Causal), ids[:4], recipe=recipe(), options=OPTIONS, heldout=ids[4:])
+    assert report.steps[-1].measure == "KL divergence to the dense model"
+    assert epochs(report)[-1] < epochs(report)[0]
+    assert any("flatters that figure" in note for note in report.notes if note.startswith("distill"))
+    images, cnn = image_batches(4), seeded(Cnn)
+    heldout = Heldout(images[3:], [cnn(images[3]).argmax(1)])
+    _, report = sc.compile(cnn, images[:3], recipe=recipe(), options=OPTIONS, heldout=heldout)
+    assert report.steps[-1].measure == "KL divergence to the dense model"
+    assert epochs(report)[-1] <= epochs(report)[0]
+
+
+def test_steps_are_taken_in_and_after_rounds() -> None:
+    _, report = sc.compile(seeded(Mlp, depth=2), mlp_batches(6), recipe=recipe(rounds=2), options=OPTIONS)
+    assert [each.number for each in report.rounds] == [1, 2]
+    assert [each.part for each in report.steps if each.step == "reconstruct"] == ["blocks.0", "blocks.1"]
+    assert len(epochs(report)) == 3
+
+
+def test_masks_selected_anew_are_those_of_the_artefact(tmp_path: Path) -> None:
+    module, batches, output = seeded(Mlp, depth=2), mlp_batches(5), tmp_path / "out"
+    asked = dataclasses.replace(recipe(), reconstruct=None, distill=Distill(4, 1e-2, 1, reselect=2))
+    options = dataclasses.replace(OPTIONS, output=output, onnx=False)
+    tuned, report = sc.compile(module, batches, recipe=asked, options=options)
+    assert any("of the mask entries changed" in note for note in report.notes)
+    again = sc.load(output, into=seeded(Mlp, depth=2))
+    with torch.no_grad():
+        # The file holds what runs: the same weights, packed.
+        assert torch.allclose(tuned(batches[0]), again(batches[0]), atol=1e-5)  # type: ignore[operator]
+    assert all(site.sparsity == 0.5 for site in report.sites if site.status == "pruned")
+
+
+@pytest.mark.parametrize("step", [{"reconstruct": Reconstruct()}, {"distill": Distill()}])
+def test_training_without_data_is_refused(step: dict[str, Reconstruct | Distill]) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+    module = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes))
+    asked = sc.Recipe((sc.make_rule("*", sc.NM(2, 4), sc.Magnitude()),), **step)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"\[{next(iter(step))}\] needs calibration data and none was given"):
+        sc.compile(module, recipe=asked, options=OPTIONS)
