@@ -35,12 +35,14 @@ class WoodTaylor:
     anywhere. For M that is raised tenfold (and noted) where M + ridge is indefinite; the solver damps by the same.
 
     What the gradient adds is what no layer objective knows: how the whole model, as pruned by now, does. The fixed
-    point of iobs (a round that returns what it was given) is left as soon as that gradient is not zero. The steps of
-    all layers are taken at once and do not know of each other, so a full step overshoots: NOTES.md has what was
-    measured. An exact re-solve afterwards goes back to the layer's own optimum: set `refit = false`.
+    point of iobs (a round that returns what it was given) is left as soon as that gradient is not zero. The step is
+    short because a full one follows the noise of the gradient: for N tokens and d weights it costs about d / 2N nats,
+    many with more weights than tokens; and the steps of all layers are taken at once and do not know of each other.
+    NOTES.md has what was measured. An exact re-solve afterwards goes back to the layer's own optimum: set
+    `refit = false`.
     """
 
-    step: float = 0.2
+    step: float = 0.02
     damp: float = 0.01
     curvature: Literal["gram", "fisher"] = "gram"
     solver: str = "sparsegpt"
