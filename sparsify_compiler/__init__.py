@@ -17,6 +17,7 @@ from sparsify_compiler.api_bench import (
     bench_sites,
     survey_kernels,
 )
+from sparsify_compiler.api_table import Draw, MethodTable, Trial, method_table, method_trials, recipe_trial
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.passes.prune.magnitude import Magnitude
@@ -32,8 +33,10 @@ __all__ = [
     "BenchReport",
     "Block",
     "DecodeChoice",
+    "Draw",
     "Heldout",
     "Magnitude",
+    "MethodTable",
     "Options",
     "RandomLayers",
     "Recipe",
@@ -41,6 +44,7 @@ __all__ = [
     "Rule",
     "SparseGPT",
     "SparsifyError",
+    "Trial",
     "Unstructured",
     "Wanda",
     "bench",
@@ -54,8 +58,11 @@ __all__ = [
     "inspect",
     "load",
     "make_rule",
+    "method_table",
+    "method_trials",
     "parse_pattern",
     "parse_recipe",
+    "recipe_trial",
     "report_from_json",
     "run",
     "survey_kernels",
