@@ -54,9 +54,10 @@ class FineTune:
     """Tune the weights between two rounds by Adam on the round's calibration batches, towards the model's own loss.
 
     That is the cross-entropy of the tokens themselves for a causal language model, else the squared distance to the
-    dense model's outputs. The next round starts from the tuned weights: methods iobs and woodtaylor.
-    `epochs` passes at a rate that falls from `rate` to zero, `batches` calibration batches a step. `masked` keeps pruned weights zero;
-    else they are free until the next round prunes again, as in Wu et al. 2024 (I-OBS), section 5.
+    dense model's outputs. The next round starts from the tuned weights, which iobs and woodtaylor do.
+
+    `epochs` passes at a rate that falls from `rate` to zero, `batches` calibration batches a step. `masked` keeps
+    pruned weights zero; else they are free until the next round prunes again, as in Wu et al. 2024 (I-OBS), section 5.
     """
 
     epochs: int = 1

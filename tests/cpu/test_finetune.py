@@ -1,6 +1,7 @@
 """Tuning between rounds: PyTorch's own Adam on the module, masks, and what the rounds and recipes make of it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +199,23 @@ def test_one_round_of_woodtaylor_takes_the_gradient_too() -> None:
     _, report = sc.compile(seeded(Causal), batches, recipe=recipe(WoodTaylor(), 1), options=sc.Options(tokens=(1,)))
     assert any(note.startswith("the model's own loss is the cross-entropy") for note in report.notes)
     assert not any("no gradient" in note for site in report.sites for note in site.notes)
+
+
+def test_a_run_stopped_in_its_second_round_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def run(name: str, resume: bool = False, stop: str = "") -> bytes:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == stop:
+                raise Killed
+
+        asked = recipe(WoodTaylor(curvature="fisher"), 2, FineTune(epochs=1, rate=1e-3, batches=1))
+        options = sc.Options(output=tmp_path / name, onnx=False, tokens=(1,), resume=resume)
+        sc.compile(seeded(Mlp, depth=3), mlp_batches(4), recipe=asked, options=options, progress=progress)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("killed", stop="round 2 of 2: prune blocks.2")
+    assert run("killed", resume=True) == whole
