@@ -49,7 +49,7 @@ def order_columns(scores: Tensor, pattern: NM, sweeps: int) -> ColumnOrder:
 
 
 class _Search:
-    """An order and what it takes to improve it. A tail is filled up with columns of zeros, which stay where they are."""
+    """An order and what it takes to improve it. A tail is filled up with columns of zeros, which stay in place."""
 
     def __init__(self, scores: Tensor, pattern: NM) -> None:
         rows, columns = scores.shape

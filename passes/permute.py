@@ -133,6 +133,14 @@ class _Ruled:
         """Return the weight's part in `channels`, or None."""
         return next((member for member in channels.members if member.parameter == self.site.parameter), None)
 
+    def slower_inputs(self, channels: Channels) -> bool:
+        """Say whether `channels` count its inputs, but not side by side: whole runs of them change places."""
+        member = self.member(channels)
+        if member is None:
+            return False
+        start = member.ends[self.input_axis - 1] if self.input_axis else 0
+        return any(start <= at < member.ends[self.input_axis] - 1 for at in member.channels)
+
 
 def _refusal(channels: Channels, readers: Sequence[_Ruled], ruled: Sequence[_Ruled]) -> str | None:
     """Say why an order of `channels` cannot be searched for the N:M sites `readers`, or None."""
@@ -179,18 +187,9 @@ def _reorder(
         done.update(dict.fromkeys(channels.sites, gain))
         graph.reorder(channels, orders)
         applied.append((channels, orders))
-        for name, at in ruled.items():
-            member = at.member(channels)
-            axis = at.input_axis
-            if member is not None and set(member.channels) & set(range(member.ends[axis])[_start(member, axis) : -1]):
-                stale.add(name)
+        stale |= {name for name, at in ruled.items() if at.slower_inputs(channels)}
     progress("permute", len(chosen), len(chosen))
     return applied
-
-
-def _start(member: Member, axis: int) -> int:
-    """Return the position of the first factor of a parameter's axis."""
-    return member.ends[axis - 1] if axis else 0
 
 
 def _scores(graph: Graph, channels: Channels, readers: Sequence[_Ruled], squares: Mapping[str, Moments]) -> Tensor:

@@ -3,15 +3,20 @@
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparsify_compiler.frontends.torch_axes import Axes, Factors, size_of
+from sparsify_compiler.frontends.torch_axes import Axes, Factors, Size, size_of
 from sparsify_compiler.frontends.torch_uses import operation_name
 
 Label = tuple[Factors, ...]
 """The factors of every axis of one tensor."""
+
+
+POSITIONS = "its positions are neighbours to each other"
+"""Why the pixels of an image and the tokens of a text stay in order."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +154,32 @@ def _has_tensor(value: object) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_has_tensor, value))
     return isinstance(value, Tensor)
+
+
+def fresh(labels: Labels, node: fx.Node, reason: str = POSITIONS) -> Label:
+    """Label a node's result with factors of its own, fixed for `reason`."""
+    result = labels.fresh(node, reason)
+    assert not isinstance(result, list)
+    return result
+
+
+def lengths_of(value: Any) -> list[Size]:
+    """Return the lengths of the axes of the tensor that a node makes."""
+    return [size_of(length) for length in value.meta["val"].shape]
+
+
+def whole(size: Size) -> int:
+    """Return a length that tracing left no choice."""
+    assert not size.free, f"channels and heads are counted by numbers, found {size}"
+    return size.number
+
+
+def integer(value: Any) -> int:
+    """Return an argument that is a plain number."""
+    assert isinstance(value, int)
+    return value
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Return a node's argument by its place or its name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
