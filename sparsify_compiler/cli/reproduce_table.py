@@ -1,6 +1,7 @@
 """The verb `reproduce method-table`: methods side by side on one model, by patterns, draws and held-out sets."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,45 +27,50 @@ RESUME = "finished rows are kept: give the same command with --resume to go on"
 REFITS: dict[Refit, tuple[bool, ...]] = {"both": (False, True), "yes": (True,), "no": (False,)}
 
 
+Calibration = Annotated[
+    str, typer.Option("--calibration", "-c", help=f"Calibration data: {opt.DATA}.", show_default=False)
+]
+Heldout = Annotated[list[str], typer.Option(help="Data to measure on; may be given several times.", show_default=False)]
+Methods = Annotated[str, typer.Option(help="Words of compile's --method, commas between.")]
+Patterns = Annotated[str, typer.Option(help="Commas between: 0.5 is unstructured, 2:4, 64x64@0.9 names its sparsity.")]
+RefitOption = Annotated[Refit, typer.Option(help="With the re-solve of the kept weights, without it, or both.")]
+Sites = Annotated[
+    list[str] | None, typer.Option(help="A glob of sites to prune; several times.", show_default="every site")
+]
+Recipes = Annotated[
+    list[Path] | None,
+    typer.Option("--recipe", help="A recipe in TOML as a row of its own; several times.", show_default=False),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds of iobs, each measured; the other methods have one.")]
+Draws = Annotated[int, typer.Option(min=1, help="Draws of the calibration data.")]
+HeldoutWindows = Annotated[
+    int | None, typer.Option(min=1, help="Samples of a held-out set to measure on, the first.", show_default="all")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="A folder for rows.jsonl, table.json, table.html.", show_default=False),
+]
+
+
 def table_verb(
     model: opt.Model,
-    calibration: Annotated[
-        str, typer.Option("--calibration", "-c", help=f"Calibration data: {opt.DATA}.", show_default=False)
-    ],
-    heldout: Annotated[
-        list[str], typer.Option(help="Data to measure on; may be given several times.", show_default=False)
-    ],
-    methods: Annotated[str, typer.Option(help="Words of --method, commas between.")] = (
-        "magnitude,wanda,sparsegpt,alps,obc,iobs"
-    ),
-    patterns: Annotated[
-        str, typer.Option(help="Commas between: 0.5 is unstructured, 2:4, 64x64@0.9 names its sparsity.")
-    ] = "0.5,2:4",
-    refit: Annotated[Refit, typer.Option(help="With the exact re-solve of the kept weights, without, or both.")] = (
-        "both"
-    ),
-    sites: Annotated[
-        list[str] | None, typer.Option(help="A glob of sites to prune; several times.", show_default="every site")
-    ] = None,
+    calibration: Calibration,
+    heldout: Heldout,
+    methods: Methods = "magnitude,wanda,sparsegpt,alps,obc,iobs",
+    patterns: Patterns = "0.5,2:4",
+    refit: RefitOption = "both",
+    sites: Sites = None,
     keep_dense: opt.KeepDense = None,
-    recipe: Annotated[
-        list[Path] | None,
-        typer.Option(help="A recipe in TOML as a row of its own; may be given several times.", show_default=False),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of iobs, each measured; the other methods have one.")] = 3,
+    recipe: Recipes = None,
+    rounds: Rounds = 3,
     share_batches: opt.ShareBatches = False,
-    draws: Annotated[int, typer.Option(min=1, help="Draws of the calibration data.")] = 3,
+    draws: Draws = 3,
     windows: opt.Windows = None,
-    heldout_windows: Annotated[
-        int | None, typer.Option(min=1, help="Samples of a held-out set to measure on, the first.", show_default="all")
-    ] = None,
+    heldout_windows: HeldoutWindows = None,
     sequence_length: opt.Length = None,
     batch_size: opt.BatchSize = None,
     preprocess: opt.Preprocess = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A folder for rows.jsonl, table.json, table.html.", show_default=False),
-    ] = None,
+    output: Output = None,
     resume: opt.Resume = False,
     device: opt.Device = "auto",
     seed: opt.Seed = 0,
@@ -76,25 +82,14 @@ def table_verb(
     Where a draw would take all of the calibration data, those after the first take seven samples in eight.
     """
     with guard(debug, lambda: RESUME if output is not None else ""):
-        trials = method_trials(
-            _split(methods), _split(patterns), REFITS[refit], sites or ("*",), keep_dense or (), rounds
-        )
-        rows = tuple(_recipe_row(file, tuple(keep_dense or ())) for file in recipe or ())
+        dense = tuple(keep_dense or ())
+        trials = method_trials(_split(methods), _split(patterns), REFITS[refit], sites or ("*",), dense, rounds)
+        rows = tuple(_recipe_row(file, dense) for file in recipe or ())
         choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
         request = TableRequest(
-            model,
-            calibration,
-            tuple(heldout),
-            trials + rows,
-            draws,
-            choice,
-            heldout_windows,
-            output,
-            resume,
-            share_batches,
-            device,
-            trust,
+            model, calibration, tuple(heldout), trials + rows, draws, choice, heldout_windows, output, resume
         )
+        request = replace(request, share_batches=share_batches, device=device, trust=trust)
         with draw_progress(Console(stderr=True)) as progress:
             found = compare_methods(request, progress)
         console = Console(highlight=False)
