@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError, DataError, PatternError, SingularGramError
+from sparsify_compiler.passes.prune.kept import kept_lanes
 from sparsify_compiler.problem import Gram, LayerProblem
 
 LARGEST_DAMP = 1.0
 """The damping past which a factorisation is given up: the ridge then equals the mean diagonal."""
+
+OTHER_METHOD = "choose wanda or magnitude"
 
 FIRST_RIDGE, LARGEST_RIDGE = 1e-8, 1e-2
 """Ridge of the exact solve, as a share of the unit diagonal: raised a hundredfold where a factorisation fails."""
@@ -47,18 +50,23 @@ def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
     return InverseFactor(inverse.flip(0, 1).float().contiguous(), gram.diagonal() == 0, used, notes)
 
 
-def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
+def damped_cholesky(gram: Tensor, damp: float, instead: str = OTHER_METHOD) -> tuple[Tensor, float, tuple[str, ...]]:
     """Return lower L (in, in) float64 with L Lᵀ = `gram` + damp · mean diagonal · I, the damping used, and notes.
 
-    The damping rises tenfold, each step noted, while the matrix is indefinite.
+    The damping rises tenfold, each step noted, while the matrix is indefinite; `instead` is what an error offers.
 
     Raises:
         CalibrationError: `gram` has entries that are not finite.
         SingularGramError: it is all zero, or indefinite at every damping up to 1.
     """
     require_finite(gram)
-    mean = float(gram.diagonal().mean())
-    if mean <= 0:
+    mean, least = torch.stack((gram.diagonal().mean(), gram.diagonal().amin())).tolist()
+    if least < 0:
+        raise SingularGramError(
+            f"the Gram matrix has {least:g} on its diagonal, and a mean of squares cannot be negative; "
+            "gather the statistics anew"
+        )
+    if mean == 0:
         raise SingularGramError(
             "the Gram matrix is all zero: no calibration input reached this layer; "
             "give data that does, or keep the layer dense"
@@ -75,7 +83,7 @@ def damped_cholesky(gram: Tensor, damp: float) -> tuple[Tensor, float, tuple[str
         used *= 10
     raise SingularGramError(
         f"the Gram matrix is indefinite at every damping from {damp:g} to {used / 10:g}; "
-        "give more calibration tokens, or choose wanda or magnitude for this layer"
+        f"give more calibration tokens, or {instead} for this layer"
     )
 
 
@@ -206,47 +214,48 @@ def _descend(
 
 
 def solve_masked_exactly(problem: MaskedLeastSquares, ridge: float = FIRST_RIDGE, steps: int = 3) -> MaskedSolution:
-    """Solve row by row with a float64 Cholesky factor of G on the kept columns, scaled to a unit diagonal.
+    """Solve with a float64 Cholesky factor a row of G on the kept columns, scaled to a unit diagonal.
 
-    `ridge`, a share of the diagonal (a hundred times more where the factorisation fails), holds the row to `start` in
-    directions of less curvature than that; each of `steps` with the same factor shrinks its effect once more.
+    `ridge`, a share of the diagonal, holds the row to `start` in directions of less curvature than that; each of
+    `steps` with the same factor shrinks its effect once more. For rows whose factorisation fails it is a hundred times
+    more, and one step is all they get: in a direction of negative curvature another one leads further out.
+
+    Raises:
+        SingularGramError: G is indefinite on some row's kept columns at every ridge up to `LARGEST_RIDGE`.
     """
     scale = problem.scale()
-    weight = problem.start.double()
     scaled = problem.gram * scale[:, None] * scale
     moment = problem.moment * scale
-    largest = 0.0
-    for row in range(len(weight)):
-        kept = (problem.keep[row] & (scale > 0)).nonzero()[:, 0]
-        if not len(kept):
-            continue
-        matrix = scaled.index_select(0, kept).index_select(1, kept)
-        lower, used = _factor_with_ridge(matrix, ridge)
-        largest = max(largest, used)
-        # Columns that never fired keep `start`; Gᵢⱼ = 0 there, so they do not enter the other columns' equations.
-        value = (weight[row, kept] / scale[kept])[:, None]
-        right = moment[row, kept][:, None]
-        for _ in range(steps):
-            value = value + torch.cholesky_solve(right - matrix @ value, lower)
-        weight[row, kept] = value[:, 0] * scale[kept]
-    target = _norm(moment * problem.keep).clamp_min(torch.finfo(torch.float64).tiny)
-    size = _norm(problem.gradient(weight) * scale) / target
-    return MaskedSolution(weight, size, torch.zeros_like(size), ridge=largest)
-
-
-def _factor_with_ridge(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
+    # Columns that never fired keep `start`; Gᵢⱼ = 0 there, so they do not enter the other columns' equations.
+    keep = problem.keep & (scale > 0)
+    fired = torch.where(scale > 0, scale, 1.0)
+    value = problem.start.double() / fired
+    left, used = torch.arange(len(keep), device=keep.device), ridge
     while True:
-        damped = matrix.clone()
-        damped.diagonal().add_(ridge)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return lower, ridge
-        if ridge >= LARGEST_RIDGE:
+        damped = scaled.clone()
+        damped.diagonal().add_(used)
+        failed = [torch.empty(0, dtype=torch.int64, device=keep.device)]
+        for part in kept_lanes(damped, keep[left]):
+            rows = left[part.lanes]
+            for _ in range(steps if used == ridge else 1):
+                residual = (moment[rows] - value[rows] @ scaled).gather(1, part.columns) * part.valid
+                change = torch.cholesky_solve(residual[:, :, None], part.lower)[:, :, 0]
+                change = torch.where(part.valid & ~part.failed[:, None], change, 0.0)
+                value[rows] = value[rows].scatter_add(1, part.columns, change)
+            failed.append(rows[part.failed])
+        left = torch.cat(failed).sort().values
+        if not len(left):
+            break
+        if used >= LARGEST_RIDGE:
             raise SingularGramError(
-                f"the Gram matrix on the kept columns is indefinite at every ridge up to {ridge:g} of its diagonal; "
+                f"the Gram matrix on the kept columns is indefinite at every ridge up to {used:g} of its diagonal; "
                 "give more calibration tokens, or set refit = false for this layer"
             )
-        ridge *= 100
+        used *= 100
+    weight = value * fired
+    target = _norm(moment * problem.keep).clamp_min(torch.finfo(torch.float64).tiny)
+    size = _norm(problem.gradient(weight) * scale) / target
+    return MaskedSolution(weight, size, torch.zeros_like(size), ridge=used)
 
 
 def chunk_rows(in_: int) -> int:

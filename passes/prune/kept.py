@@ -18,22 +18,21 @@ class KeptLanes:
 
     `lanes` (n,) int64 are their numbers, `columns` (n, width) int64 their columns, kept ones first and in order,
     `valid` (n, width) bool marks the kept ones, and `lower` (n, width, width) float64 is the Cholesky factor of the
-    kept part of the matrix, the identity where not valid.
+    kept part of the matrix, the identity where not valid. `failed` (n,) bool marks lanes on whose kept part the matrix
+    is not positive definite: they have no factor.
     """
 
     lanes: Tensor
     columns: Tensor
     valid: Tensor
     lower: Tensor
+    failed: Tensor
 
 
 def kept_lanes(matrix: Tensor, keep: Tensor) -> Iterator[KeptLanes]:
     """Factor `matrix` (in, in) float64, positive definite, on the kept columns of every lane of `keep` (lanes, in).
 
     Lanes of similar width come together, in chunks of `CPU_BYTES` or `GPU_BYTES` of factors.
-
-    Raises:
-        SingularGramError: the matrix is not positive definite on some kept set.
     """
     counts = keep.sum(dim=1)
     by_width = counts.sort(stable=True).indices
@@ -52,29 +51,33 @@ def kept_lanes(matrix: Tensor, keep: Tensor) -> Iterator[KeptLanes]:
 
 
 def factor_kept(matrix: Tensor, keep: Tensor, lanes: Tensor, width: int) -> KeptLanes:
-    """Factor `matrix` on the kept sets `keep` (n, in) of the `lanes` (n,), none of more than `width` columns.
-
-    Raises:
-        SingularGramError: the matrix is not positive definite on some kept set.
-    """
+    """Factor `matrix` on the kept sets `keep` (n, in) of the `lanes` (n,), none of more than `width` columns."""
     columns = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
     valid = keep.gather(1, columns)
     square = matrix[columns[:, :, None], columns[:, None, :]]
     square.mul_(valid[:, :, None]).mul_(valid[:, None, :])
     square.diagonal(dim1=1, dim2=2).add_(~valid)
     lower, failed = torch.linalg.cholesky_ex(square)
-    if bool(failed.any()):
+    return KeptLanes(lanes, columns, valid, lower, failed > 0)
+
+
+def require_factors(part: KeptLanes) -> KeptLanes:
+    """Return `part`, every lane of which has a factor. Raises SingularGramError where one has not."""
+    if bool(part.failed.any()):
         raise SingularGramError("the Gram matrix is indefinite on the kept columns; give more calibration tokens")
-    return KeptLanes(lanes, columns, valid, lower)
+    return part
 
 
 def solve_kept(matrix: Tensor, moment: Tensor, keep: Tensor) -> Tensor:
     """Return ŵ (lanes, rows, in) float64, zero off `keep` (lanes, in), with (matrix ŵ)_Q = moment_Q on the kept Q.
 
     `matrix` (in, in) float64 is positive definite, `moment` (lanes, rows, in) float64.
+
+    Raises:
+        SingularGramError: the matrix is not positive definite on some kept set.
     """
     weight = torch.zeros_like(moment)
-    for part in kept_lanes(matrix, keep):
+    for part in map(require_factors, kept_lanes(matrix, keep)):
         across = part.columns[:, None].expand(-1, moment.shape[1], -1)
         right = moment[part.lanes].gather(2, across) * part.valid[:, None]
         value = torch.cholesky_solve(right.transpose(1, 2), part.lower).transpose(1, 2)

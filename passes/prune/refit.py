@@ -6,9 +6,11 @@ from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.passes.prune.algebra import (
+    LARGEST_DAMP,
     MaskedLeastSquares,
     MaskedSolution,
     chunk_rows,
+    damped_cholesky,
     require_finite,
     solve_masked_cg,
     solve_masked_exactly,
@@ -35,7 +37,9 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
     rounding could feign, so the result is never worse.
     Conjugate gradients in general; a Cholesky factor a row for up to 128 inputs, and for rows that after 150 iterations
     neither reached a relative gradient of 1e-6 nor stopped gaining, which `notes` then says; not with fewer tokens than
-    inputs, where many weights are optimal. Without a Gram matrix the solution comes back unchanged, with a note.
+    inputs, where many weights are optimal. Where the Gram matrix is indefinite by more than rounding, the damped
+    problem is solved, whose ridge holds to the dense weights; damping rises tenfold, each step noted. Without a Gram
+    matrix the solution comes back unchanged, with a note.
     `stats` gain "iterations", "relative_gradient" (largest of all rows, float64, before the weight is rounded to
     float32) and "exact_rows".
 
@@ -47,13 +51,14 @@ def refit(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
         return replace(solution, notes=(*solution.notes, "not refitted: no Gram matrix was gathered for this method"))
     try:
         require_finite(problem.gram.matrix)
-        least_squares = _least_squares(problem, problem.gram, solution)
+        damp, damping = _damping(problem.gram)
+        least_squares = _least_squares(problem, problem.gram, solution, damp)
         solved, exact_rows = _solve(least_squares, determined=problem.gram.tokens >= problem.weight.shape[1])
     except CalibrationError as error:  # SingularGramError is one
         raise type(error)(f"layer {problem.name!r}: refit: {error}") from None
     weight, kept_rows = _better_rows(least_squares, solved)
     loss = problem.loss(weight)
-    notes = [*solution.notes]
+    notes = [*solution.notes, *damping]
     if exact_rows and solved.iterations:
         # Without a count, so that equal notes of many layers are one line of the report; `stats` has it.
         notes.append("refit: rows too ill-conditioned for the iterations were solved with a Cholesky factor each")
@@ -86,10 +91,24 @@ def too_few_tokens(problem: LayerProblem, step: str) -> tuple[str, ...]:
     )
 
 
-def _least_squares(problem: LayerProblem, gram: Gram, solution: LayerSolution) -> MaskedLeastSquares:
+def _damping(gram: Gram) -> tuple[float, tuple[str, ...]]:
+    """Return the damping without which the matrix is indefinite by more than its rounding (0: none), and notes."""
+    least = NOISE * len(gram.matrix)  # errors of NOISE √(Gᵢᵢ Gⱼⱼ) move no eigenvalue by more than this mean diagonal
+    if least > LARGEST_DAMP or not bool(gram.matrix.diagonal().any()):
+        return 0.0, ()
+    used, notes = gram.cached("definite", lambda: damped_cholesky(gram.matrix, least, "set refit = false")[1:])
+    return (used if notes else 0.0), tuple(f"refit: {note}" for note in notes)
+
+
+def _least_squares(problem: LayerProblem, gram: Gram, solution: LayerSolution, damp: float) -> MaskedLeastSquares:
     cross = gram.matrix if problem.targets is None else problem.targets.cross
     moment = problem.weight.to(cross) @ cross.t()  # (out, in): row i is C w_i
-    return MaskedLeastSquares(gram.matrix, moment, solution.keep, solution.weight)
+    if not damp:
+        return MaskedLeastSquares(gram.matrix, moment, solution.keep, solution.weight)
+    ridge = damp * float(gram.matrix.diagonal().mean())
+    matrix = gram.matrix.clone()
+    matrix.diagonal().add_(ridge)
+    return MaskedLeastSquares(matrix, moment + ridge * problem.weight, solution.keep, solution.weight)
 
 
 def _solve(problem: MaskedLeastSquares, determined: bool) -> tuple[MaskedSolution, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.passes.prune.exchange import Tableau, blocks_of, columns_of, exchange, rows_at
-from sparsify_compiler.passes.prune.kept import factor_kept
+from sparsify_compiler.passes.prune.kept import factor_kept, require_factors
 from sparsify_compiler.passes.prune.quadratic import DampedQuadratic
 from sparsify_compiler.passes.prune.swap_gains import swap_gains
 
@@ -129,7 +129,8 @@ class Search:
 
     def _begin(self, keep: Tensor, numbers: Tensor) -> _Lanes:
         cols, most = self.cols, int(keep.sum(dim=1).max()) + 1
-        part = factor_kept(self.quadratic.matrix, keep.repeat_interleave(cols, 1), numbers, most * cols)
+        entries = keep.repeat_interleave(cols, 1)
+        part = require_factors(factor_kept(self.quadratic.matrix, entries, numbers, most * cols))
         slots, valid = part.columns[:, ::cols] // cols, part.valid[:, ::cols].contiguous()
         moment = self.quadratic.moment.view(-1, self.rows, keep.shape[1] * cols)[numbers]
         lanes = _Lanes(numbers, slots, valid, torch.cholesky_inverse(part.lower), moment, moment, 0 * numbers)

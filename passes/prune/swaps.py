@@ -35,12 +35,7 @@ def refine(
         CalibrationError: it is not finite.
         SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds {rounds}: must be at least 1")
-    if not 0 <= least_gain < 1:
-        raise ValueError(f"least_gain {least_gain}: must lie in [0, 1), a share of a row's loss")
-    if not 0 < damp <= 1:
-        raise ValueError(f"damp {damp}: must lie in (0, 1], a share of the Gram's mean diagonal")
+    _check_options(rounds, least_gain, damp)
     rows, cols = tile_of(layer.pattern)
     quadratic = damped_quadratic(layer, damp, "swaps")
     lanes, in_ = len(layer.weight) // rows, layer.weight.shape[1]
@@ -71,6 +66,15 @@ def refine(
     selected = layer.loss(own) if solution.loss_selected is None else solution.loss_selected
     notes = (*solution.notes, *quadratic.notes, *too_few_tokens(layer, "swaps"))
     return LayerSolution(weight, mask, selected, loss, stats, tuple(dict.fromkeys(notes)))
+
+
+def _check_options(rounds: int, least_gain: float, damp: float) -> None:
+    if rounds < 1:
+        raise ValueError(f"rounds {rounds}: must be at least 1")
+    if not 0 <= least_gain < 1:
+        raise ValueError(f"least_gain {least_gain}: must lie in [0, 1), a share of a row's loss")
+    if not 0 < damp <= 1:
+        raise ValueError(f"damp {damp}: must lie in (0, 1], a share of the Gram's mean diagonal")
 
 
 def _groups(layer: LayerProblem) -> Tensor | None:

@@ -38,7 +38,7 @@ class Wanda:
 
         Raises:
             DataError: the problem carries no statistics.
-            CalibrationError: a mean square is not finite.
+            CalibrationError: a mean square is not finite, or negative.
             PatternError: a Block that does not tile the weight, or a weight with NaN.
         """
         mean_square = layer.mean_square
@@ -49,9 +49,9 @@ class Wanda:
                 f"layer {layer.name!r}: wanda needs the mean square of every input, found none; "
                 "give calibration data or choose magnitude"
             )
-        if not torch.isfinite(mean_square).all():
+        if not bool((torch.isfinite(mean_square) & (mean_square >= 0)).all()):
             raise CalibrationError(
-                f"layer {layer.name!r}: wanda needs finite input statistics, found NaN or infinity; "
+                f"layer {layer.name!r}: wanda needs finite means of squares, found NaN, infinity or less than 0; "
                 "check the calibration data and the model's activations on it"
             )
         scores = layer.weight.double().abs() * mean_square.double().sqrt()
