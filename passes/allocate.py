@@ -34,7 +34,7 @@ OUTLIER = 5.0
 """A weight is an outlier where |w| · ‖x‖ is so many times its segment's mean: M of the paper, its value for Llama."""
 
 MEASURED = 4
-"""Calibration batches on which a site's effect on the outputs is measured: more change the result little."""
+"""Calibration batches on which a site's effect on the outputs is measured; each costs half a run a site."""
 
 
 @dataclass(frozen=True)
