@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import padding
+from sparsify_compiler.graph import DifferentiableGraph
 from sparsify_compiler.passes.refine.train import Schedule, add_gradients, products, train
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.refinement import PrunedSegment, Refined
@@ -40,19 +41,22 @@ class SegmentFit:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The `calibrate.Refine` of a recipe's [reconstruct] table.
+    """The `refinement.Refine` of a recipe's [reconstruct] table.
+
+    `graph` runs the segments of the graph that is pruned, with gradients: that graph itself, or a view of it.
 
     Given:   %y = linear(%x, weight=%w1)     # %w1 has exact zeros; the dense model has %y0 here
     Result:  %y = linear(%x, weight=%w2)     # the same zeros, %y nearer %y0
     """
 
+    graph: DifferentiableGraph
     settings: Reconstruct
     progress: Progress = silent
     seed: int = 0
 
     def __call__(self, segment: PrunedSegment) -> Refined:
         """Return the tuned weights, or none where their error on the calibration batches did not fall."""
-        task = _Task(segment)
+        task = _Task(self.graph, segment)
         name = segment.graph.segments[segment.index].name
         if not task.energies:
             why = f"{name}: no floating-point value of finite energy leaves it, so there is nothing to reconstruct"
@@ -79,12 +83,12 @@ class Reconstruction:
 class _Task:
     """One segment, how far it is from what it should return, and its weights, leaf tensors where the segment runs."""
 
-    def __init__(self, segment: PrunedSegment) -> None:
-        self._segment = segment
+    def __init__(self, graph: DifferentiableGraph, segment: PrunedSegment) -> None:
+        self._graph, self._segment = graph, segment
         self._hidden = [padding(batch) for batch in segment.batches]
         self.energies = self._energies()
         with torch.no_grad():
-            made = segment.graph.run_segment(segment.index, segment.inputs[0])
+            made = graph.run_segment(segment.index, segment.inputs[0])
         self.device = next((made[name].device for name in self.energies), torch.device("cpu"))
         self.weights = {
             name: site.weight.to(self.device, torch.float32, copy=True).requires_grad_()
@@ -107,7 +111,7 @@ class _Task:
 
     def _error(self, weights: Mapping[str, Tensor], number: int) -> Tensor:
         segment = self._segment
-        made = segment.graph.run_segment(segment.index, segment.inputs[number], weights=weights)
+        made = self._graph.run_segment(segment.index, segment.inputs[number], weights=weights)
         terms = []
         for name, energy in self.energies.items():
             wanted = segment.targets[number][name].to(self.device, torch.float32, non_blocking=True)

@@ -20,7 +20,7 @@ from sparsify_compiler.frontends.onnx_file import read_model, write_model
 from sparsify_compiler.frontends.onnx_inputs import Input, check_batch, list_inputs
 from sparsify_compiler.frontends.onnx_rewrite import conv_bias, put_problem, shift_conv
 from sparsify_compiler.frontends.onnx_runner import PieceRunner, open_model
-from sparsify_compiler.frontends.onnx_segments import read_rows, split, to_numpy, to_torch
+from sparsify_compiler.frontends.onnx_segments import Piece, read_rows, split, to_numpy, to_torch
 from sparsify_compiler.frontends.onnx_session import OrtSession
 from sparsify_compiler.frontends.onnx_sites import FoundSite, find_sites, stored_weight
 from sparsify_compiler.graph import Observer, Segment, Site, Values
@@ -61,6 +61,16 @@ class OnnxGraph:
     def model(self) -> onnx_ir.Model:
         """The model with its current weights; a copy of the one that was given."""
         return self._model
+
+    @property
+    def constants(self) -> Constants:
+        """The values of `model` that no run changes."""
+        return self._constants
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The nodes of every segment."""
+        return tuple(self._pieces)
 
     @property
     def inputs(self) -> tuple[Input, ...]:

@@ -35,6 +35,7 @@ from sparsify_compiler.pipeline.peak_memory import peak_memory_bytes
 from sparsify_compiler.pipeline.quality import Heldout, measure
 from sparsify_compiler.pipeline.refine import (
     Lesson,
+    differentiable,
     distill_notes,
     distill_reports,
     learn,
@@ -115,7 +116,7 @@ class Job:
             outcomes, starved = self._prune_in_rounds(graph, decisions)
         else:
             checkpoint = self._checkpoint(graph, decisions, data)
-            walk = Walk(graph, data, decisions, checkpoint, self.progress, refine=self._refine())
+            walk = Walk(graph, data, decisions, checkpoint, self.progress, refine=self._refine(graph))
             with self.stage("prune"):
                 self._say_memory(walk)
                 loss = self._own_loss(graph, decisions)
@@ -157,9 +158,10 @@ class Job:
         with self.stage("distill"):
             return prepare_lesson(graph, decisions, self.batches, self.heldout, self.progress)
 
-    def _refine(self) -> Refine | None:
+    def _refine(self, graph: Graph) -> Refine | None:
         """Return what [reconstruct] does to every segment that was pruned."""
-        return Reconstruction(self.recipe.reconstruct, self.progress) if self.recipe.reconstruct is not None else None
+        settings = self.recipe.reconstruct
+        return Reconstruction(differentiable(graph), settings, self.progress) if settings is not None else None
 
     def _after_pruning(
         self,
@@ -190,7 +192,7 @@ class Job:
         checkpoint = self._checkpoint(graph, decisions, self.batches, data.split)
         with self.stage("prune"):
             largest = max(data.sets, key=len)
-            self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=self._refine()))
+            self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=self._refine(graph)))
             name, measure_round = heldout_loss(graph, data.heldout, self.progress, lambda: self._after_round(graph))
             loss = self._own_loss(graph, decisions)
             rounds = prune_in_rounds(
@@ -201,7 +203,7 @@ class Job:
                 measure_round,
                 checkpoint,
                 self.progress,
-                refine=self._refine(),
+                refine=self._refine(graph),
                 expand=loss.expand,
                 tune=loss.tune,
             )

