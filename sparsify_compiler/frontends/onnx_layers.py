@@ -137,6 +137,14 @@ def _group_norm(call: Call) -> Tensor:
     return F.group_norm(call.x, groups, scale, bias, call.get("epsilon", 1e-5))
 
 
+def _response_norm(call: Call) -> Tensor:
+    size = call.attributes["size"]
+    if size % 2 == 0:
+        raise NotImplementedError("LRN over an even number of channels")
+    alpha, beta, bias = call.get("alpha", 1e-4), call.get("beta", 0.75), call.get("bias", 1.0)
+    return F.local_response_norm(call.x, size, alpha, beta, bias)
+
+
 def _softmax(function: Callable[..., Tensor]) -> Operator:
     def run(call: Call) -> Tensor:
         if call.opset >= 13:
@@ -166,6 +174,7 @@ LAYERS: Mapping[str, Operator] = {
     "BatchNormalization": _batch_norm,
     "InstanceNormalization": _instance_norm,
     "GroupNormalization": _group_norm,
+    "LRN": _response_norm,
     "Softmax": _softmax(torch.softmax),
     "LogSoftmax": _softmax(torch.log_softmax),
 }

@@ -111,6 +111,11 @@ def _hard_sigmoid(call: Call) -> Tensor:
     return (call.x * alpha + beta).clamp(0, 1)
 
 
+def _is_infinite(call: Call) -> Tensor:
+    above = torch.isposinf(call.x) if call.get("detect_positive", 1) else torch.zeros_like(call.x, dtype=torch.bool)
+    return above | torch.isneginf(call.x) if call.get("detect_negative", 1) else above
+
+
 def _dropout(call: Call) -> Tensor:
     training = call.maybe(2)
     if training is not None and bool(training):
@@ -164,6 +169,8 @@ OPERATORS: Mapping[str, Operator] = {
     "Or": _binary(torch.logical_or),
     "Xor": _binary(torch.logical_xor),
     "Not": _unary(torch.logical_not),
+    "IsNaN": _unary(torch.isnan),
+    "IsInf": _is_infinite,
     "Where": lambda call: torch.where(call.x, call.given(1), call.given(2)),
     "Identity": _unary(lambda x: x),
     "Dropout": _dropout,

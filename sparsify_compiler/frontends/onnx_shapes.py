@@ -93,6 +93,16 @@ def _gather_elements(call: Call) -> Tensor:
     return call.x.gather(axis, torch.where(places < 0, places + call.x.shape[axis], places))
 
 
+def _gather_places(call: Call) -> Tensor:
+    x, places, batch = call.x, call.given(1).long(), call.get("batch_dims", 0)
+    shape = places.shape[:batch]
+    ahead = [
+        torch.arange(size, device=x.device).reshape([size if other == axis else 1 for other in range(places.dim() - 1)])
+        for axis, size in enumerate(shape)
+    ]
+    return x[(*ahead, *places.unbind(-1))]
+
+
 def _expand(call: Call) -> Tensor:
     asked = call.x.new_empty(1).expand(call.list("shape", 1) or [])  # takes part in broadcasting by its shape alone
     return torch.broadcast_tensors(call.x, asked)[0]  # type: ignore[no-untyped-call, no-any-return]
@@ -173,6 +183,7 @@ SHAPES: Mapping[str, Operator] = {
     "Slice": _slice,
     "Gather": _gather,
     "GatherElements": _gather_elements,
+    "GatherND": _gather_places,
     "Expand": _expand,
     "Tile": lambda call: call.x.repeat([int(times) for times in call.given(1).tolist()]),
     "Pad": _pad,
