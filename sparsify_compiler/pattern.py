@@ -20,6 +20,10 @@ from sparsify_compiler.errors import PatternError
 
 Scope = Literal["layer", "row"]
 
+SHORT_ROW, LONG_ROW = 32, 1 << 16
+"""Up to the first many entries comparing all pairs is 2 to 9 times as fast as a selection, and needs no block a row on
+a GPU; from the second on, sorting is faster than CUDA's selection, which walks a row in one block."""
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -187,18 +191,34 @@ def parse_pattern(text: str) -> Pattern:
 def keep_largest(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` largest entries of every row of `scores` (rows, n); ties keep the lowest index.
 
-    Linear in the number of entries: the `count`-th largest value is a threshold, and only ties with it are counted.
+    Long rows take linear time: the `count`-th largest value is a threshold, and only ties with it are counted.
     """
     n = scores.shape[1]
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= n:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(n - count + 1, dim=1, keepdim=True).values  # (rows, 1)
+    if n <= SHORT_ROW:
+        return _keep_by_rank(scores, count)
+    if scores.is_cuda and n >= LONG_ROW:
+        threshold = scores.sort(dim=1).values[:, n - count, None]
+    else:
+        threshold = scores.kthvalue(n - count + 1, dim=1, keepdim=True).values  # (rows, 1)
     above = scores > threshold
     tied = scores == threshold
     room = count - above.sum(dim=1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=1) <= room))
+
+
+def _keep_by_rank(scores: Tensor, count: int) -> Tensor:
+    """Count for every entry those ahead of it in its row: larger ones, and equal ones of lower index."""
+    columns = scores.t().contiguous()  # (n, rows)
+    ahead = torch.zeros_like(columns, dtype=torch.int8)
+    for apart in range(1, len(columns)):
+        later_wins = columns[apart:] > columns[:-apart]
+        ahead[:-apart] += later_wins
+        ahead[apart:] += ~later_wins
+    return (ahead < count).t().contiguous()
 
 
 def _check_sparsity(sparsity: float) -> None:
