@@ -8,9 +8,8 @@ pruning changed, no more:
     Result:  %y = batch_norm(%x, mean', variance')  # %y has the moments it has in the dense model
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,44 +26,44 @@ DEAD = 1e-6
 
 
 def reestimate_batchnorm(
-    module: nn.Module, dense: nn.Module, batches: Sequence[Batch], progress: Progress = silent
+    module: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[Batch],
+    orders: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Move the running mean and variance of every BatchNorm in `module`, in place, by what pruning did to its input.
 
-    `dense` is the same model before pruning; it is run beside, in eval mode, and stays as it was. While one batch runs,
-    layers use what that batch asks for, so that each sees inputs that are corrected already; then the moments of all
-    batches, summed in float64, decide. A variance cannot fall below zero, so a channel is scaled up by at most what
-    the layer's epsilon allows. Returns the number of layers.
+    `dense` is the same model before pruning; it is run beside, in eval mode, and stays as it was. Channel c of a layer
+    named in `orders` is channel `orders[name][c]` of the dense one. While one batch runs, layers use what that batch
+    asks for, so that each sees inputs that are corrected already; then the moments of all batches, summed in float64,
+    decide. A variance cannot fall below zero, so a channel is scaled up by at most what the layer's epsilon allows.
+    Returns the number of layers.
 
     Raises:
         CalibrationError: statistics that are not finite.
     """
-    layers, before = batchnorm_layers(module), batchnorm_layers(dense)
-    if not layers or not batches:
+    before, orders = batchnorm_layers(dense), orders or {}
+    pairs = {name: _Pair(layer, before[name], orders.get(name)) for name, layer in batchnorm_layers(module).items()}
+    if not pairs or not batches:
         return 0
-    ours = {name: _Sums() for name in layers}
-    theirs = {name: _Sums() for name in layers}
     with ExitStack() as hooks, inference(dense), inference(module):
-        latest: dict[str, list[Tensor]] = {name: [] for name in layers}
-        for name, layer in layers.items():
-            note = partial(_note, theirs[name], latest[name])
-            hooks.enter_context(_hooked(before[name], note))
-            match = partial(_match, ours[name], latest[name], before[name])
-            hooks.enter_context(_hooked(layer, match))
+        for pair in pairs.values():
+            hooks.enter_context(_hooked(pair.before, pair.note))
+            hooks.enter_context(_hooked(pair.layer, pair.match))
         for number, batch in enumerate(batches):
             progress("re-estimate BatchNorm", number, len(batches))
             for each in (dense, module):
                 call(each, to_device(batch, next((p.device for p in each.parameters()), torch.device("cpu"))))
-            for waiting in latest.values():
-                waiting.clear()
+            for pair in pairs.values():
+                pair.latest.clear()
         progress("re-estimate BatchNorm", len(batches), len(batches))
-        for name, layer in layers.items():
-            if ours[name].count:
-                _set(layer, before[name], theirs[name].moments(), ours[name].moments())
-    for name, layer in layers.items():
-        if not all(held is not None and torch.isfinite(held).all() for held in (layer.running_mean, layer.running_var)):
+    for name, pair in pairs.items():
+        pair.settle()
+        held = (pair.layer.running_mean, pair.layer.running_var)
+        if not all(each is not None and torch.isfinite(each).all() for each in held):
             raise CalibrationError(f"BatchNorm {name!r}: statistics on the calibration data are not finite")
-    return len(layers)
+    return len(pairs)
 
 
 def batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -73,57 +72,80 @@ def batchnorm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return {name: layer for name, layer in named if isinstance(layer, _BatchNorm) and layer.track_running_stats}
 
 
+class _Pair:
+    """A layer and the one it was before pruning, and what both read.
+
+    `latest` holds the moments of what the dense one read in the batch that runs, its calls in order, in the order that
+    the layer's channels have.
+    """
+
+    def __init__(self, layer: _BatchNorm, before: _BatchNorm, order: Tensor | None) -> None:
+        self.layer = layer
+        self.before = before
+        self.latest: list[Tensor] = []
+        self._order = order
+        self._ours = _Sums()
+        self._theirs = _Sums()
+
+    def note(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Remember what the dense layer is about to read."""
+        self.latest.append(self._ordered(self._theirs.add(inputs[0])))
+
+    def match(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Set the layer's statistics for what it is about to read."""
+        found = self._ours.add(inputs[0])
+        if self.latest:
+            self._set(self.latest.pop(0), found)
+
+    def settle(self) -> None:
+        """Set the layer's statistics for all batches."""
+        if self._ours.count and self._theirs.count:
+            self._set(self._ordered(self._theirs.moments()), self._ours.moments())
+
+    def _ordered(self, values: Tensor) -> Tensor:
+        return values if self._order is None else values.index_select(-1, self._order.to(values.device))
+
+    def _set(self, wanted: Tensor, found: Tensor) -> None:
+        """Let inputs of moments `found` leave the layer as inputs of moments `wanted` left it before pruning."""
+        layer, before = self.layer, self.before
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        assert before.running_mean is not None
+        assert before.running_var is not None
+        wanted = wanted.to(found.device)
+        mean = self._ordered(before.running_mean.to(found))
+        scale = self._ordered(before.running_var.to(found)) + before.eps
+        alive = (found[1] > DEAD * wanted[1]) & (wanted[1] > 0)
+        ratio = torch.where(alive, found[1] / wanted[1].clamp_min(1e-300), 1.0)
+        square = (scale * ratio).clamp_min(layer.eps)  # the variance beside epsilon is at least zero
+        layer.running_mean.copy_(found[0] - (wanted[0] - mean) * (square / scale).sqrt())
+        layer.running_var.copy_(square - layer.eps)
+
+
 class _Sums:
     """Running sums of one layer's inputs, per channel, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.powers: Tensor | None = None
+        self._powers: Tensor | None = None
 
     def add(self, x: Tensor) -> Tensor:
         """Take in an input (samples, channels, *positions) and return its own moments, as `moments` does."""
         rows = x.detach().double().movedim(1, 0).flatten(1)  # (channels, samples * positions)
         powers = torch.stack((rows.sum(1), rows.square().sum(1)))
         self.count += rows.shape[1]
-        self.powers = powers if self.powers is None else self.powers + powers
+        self._powers = powers if self._powers is None else self._powers + powers
         return _moments(powers, rows.shape[1])
 
     def moments(self) -> Tensor:
         """Return (mean, variance) per channel, (2, channels)."""
-        assert self.powers is not None
-        return _moments(self.powers, self.count)
+        assert self._powers is not None
+        return _moments(self._powers, self.count)
 
 
 def _moments(powers: Tensor, count: int) -> Tensor:
     mean, square = powers / max(count, 1)
     return torch.stack((mean, (square - mean.square()).clamp_min(0)))
-
-
-def _note(sums: _Sums, latest: list[Tensor], layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Remember what the dense layer reads; a layer that is called several times has its calls in order."""
-    latest.append(sums.add(inputs[0]))
-
-
-def _match(sums: _Sums, latest: list[Tensor], before: _BatchNorm, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Set the layer's statistics for the input it is about to read."""
-    assert isinstance(layer, _BatchNorm)
-    found = sums.add(inputs[0])
-    if latest:
-        _set(layer, before, latest.pop(0).to(found.device), found)
-
-
-def _set(layer: _BatchNorm, before: _BatchNorm, wanted: Tensor, found: Tensor) -> None:
-    """Let inputs of moments `found` leave the layer as inputs of moments `wanted` leave `before`."""
-    if layer.running_mean is None or layer.running_var is None or before.running_mean is None:
-        return
-    assert before.running_var is not None
-    wanted, device = wanted.to(found.device), found.device
-    mean, scale = before.running_mean.to(device).double(), before.running_var.to(device).double() + before.eps
-    alive = (found[1] > DEAD * wanted[1]) & (wanted[1] > 0)
-    ratio = torch.where(alive, found[1] / wanted[1].clamp_min(1e-300), 1.0)
-    square = (scale * ratio).clamp_min(layer.eps)  # the variance beside epsilon is at least zero
-    layer.running_mean.copy_(found[0] - (wanted[0] - mean) * (square / scale).sqrt())
-    layer.running_var.copy_(square - layer.eps)
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def trace_program(program: ExportedProgram, device: torch.device | None = None) 
 class TorchGraph:
     """A traced torch model. The weights start as the user's own and are replaced, never written in place.
 
-    `reordered` names the parameters and buffers that `reorder` replaced, each by all of its names.
+    `reordered` names the parameters and buffers that `reorder` replaced, each by all of its names; of those with one
+    axis it says where the entries stood before.
     """
 
     def __init__(self, traced: Traced, device: torch.device | None = None) -> None:
@@ -58,7 +59,7 @@ class TorchGraph:
         self._resident: dict[str, Any] = {}
         self._resident_segment = -1
         self._constants: dict[tuple[Any, ...], Values] = {}
-        self.reordered: dict[tuple[str, ...], None] = {}
+        self.reordered: dict[tuple[str, ...], Tensor | None] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -91,7 +92,10 @@ class TorchGraph:
         for member in channels.members:
             old = dotted(self.module, member.parameter).detach()
             self._replace(member.parameter, member.reordered(old, orders).contiguous())
-            self.reordered[self._parts.aliases[member.parameter]] = None
+            names = self._parts.aliases[member.parameter]
+            stood = self.reordered.get(names)
+            stood = torch.arange(old.numel()) if stood is None else stood
+            self.reordered[names] = member.reordered(stood, orders) if old.dim() == 1 else None
         self._constants.clear()
 
     def _replace(self, parameter: str, native: Tensor) -> None:

@@ -72,7 +72,7 @@ def finish_torch(job: Job, pruned: Pruned) -> None:
 def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
     """Return the module with the weights that the graph has now, its BatchNorm statistics those of the job's data."""
     module = _copy(model, graph, [site.name for site in graph.sites if site.refusal is None])
-    reestimate_batchnorm(module, model, job.batches, job.progress)
+    reestimate_batchnorm(module, model, job.batches, _orders(graph), job.progress)
     return module_forward(module)
 
 
@@ -131,13 +131,24 @@ def _reestimate(job: Job, pruned: Pruned) -> None:
     layers = 0
     if isinstance(pruned.dense, nn.Module):
         with job.stage("re-estimate BatchNorm"):
-            layers = reestimate_batchnorm(pruned.module, pruned.dense, job.batches, job.progress)
+            orders = _orders(pruned.graph)
+            layers = reestimate_batchnorm(pruned.module, pruned.dense, job.batches, orders, job.progress)
     if _folded_batchnorm(pruned.module):
         job.notes.append("BatchNorm statistics are constants of the traced program: they were not re-estimated")
     if layers:
         job.notes.append(
             f"the statistics of {layers} BatchNorm layers were re-estimated: moved by what pruning changed on the data"
         )
+
+
+def _orders(graph: TorchGraph) -> dict[str, Tensor]:
+    """Return by layer where the channels of a BatchNorm stood before they were put in another order."""
+    found = {}
+    for names, stood in graph.reordered.items():
+        for layer, _, leaf in (name.rpartition(".") for name in names):
+            if leaf == "running_mean" and stood is not None:
+                found[layer] = stood
+    return found
 
 
 def _folded_batchnorm(module: nn.Module) -> bool:

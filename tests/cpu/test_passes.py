@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparsify_compiler as sc
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.torch import trace_module
 from sparsify_compiler.passes.batchnorm import reestimate_batchnorm
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
+from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.pipeline.torch_prune import finish_torch, prune_torch
+from sparsify_compiler.progress import silent
+from sparsify_compiler.steps import Permute
 from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
 
 
@@ -54,6 +59,58 @@ def test_where_nothing_was_pruned_batchnorm_stays_whatever_the_data() -> None:
     reestimate_batchnorm(module, dense, [5 + 3 * batch for batch in image_batches()])
     for name, tensor in module.state_dict().items():
         assert torch.allclose(tensor, dense.state_dict()[name], rtol=1e-6), name
+
+
+class Bottleneck(nn.Module):
+    """Two linear layers with a BatchNorm between; inputs (samples, 12)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.norm(self.first(x)).relu())
+        return y
+
+
+def bottleneck() -> nn.Module:
+    module = seeded(Bottleneck)
+    generator = torch.Generator().manual_seed(4)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(module.norm, name).data = torch.rand(16, generator=generator) + 0.5
+    return module
+
+
+def test_channels_in_another_order_are_compared_with_themselves() -> None:
+    dense, module = bottleneck(), bottleneck()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
+    for tensor in (*module.first.parameters(), *module.norm.parameters(), *module.norm.buffers()):  # type: ignore[union-attr, operator]
+        if tensor.ndim:
+            tensor.data = tensor.data[order]
+    module.second.weight.data = module.second.weight.data[:, order]  # type: ignore[union-attr, index]
+    batches = [torch.randn(20, 12, generator=torch.Generator().manual_seed(6)) * 3 + 1]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    reestimate_batchnorm(module, dense, batches, {"norm": order})
+    for name, tensor in module.state_dict().items():
+        assert torch.allclose(tensor, before[name], rtol=1e-5), name
+    reestimate_batchnorm(module, dense, batches)
+    assert not torch.allclose(module.norm.running_mean, before["norm.running_mean"], rtol=1e-2)  # type: ignore[union-attr, arg-type]
+
+
+def test_the_order_that_a_recipe_finds_reaches_batchnorm() -> None:
+    dense = bottleneck()
+    batches = [torch.randn(40, 12, generator=torch.Generator().manual_seed(7))]
+    rule = sc.make_rule("second", sc.NM(2, 4), sc.Magnitude())
+    job = Job("m", sc.Recipe((rule,), permute=Permute()), sc.Options(device="cpu"), batches, False, None, silent, None)
+    pruned = prune_torch(job, dense)
+    dense_weight, weight = dense.norm.weight, pruned.module.norm.weight  # type: ignore[union-attr]
+    assert not torch.equal(weight, dense_weight)  # type: ignore[arg-type]
+    finish_torch(job, pruned)
+    stands = [int((dense_weight == value).nonzero()) for value in weight]  # type: ignore[union-attr]
+    mean, variance = dense.norm.running_mean, dense.norm.running_var  # type: ignore[union-attr]
+    # only `second` was pruned, behind the BatchNorm, so that its statistics stay
+    assert torch.allclose(pruned.module.norm.running_mean, mean[stands], rtol=1e-5)  # type: ignore[union-attr, index, arg-type]
+    assert torch.allclose(pruned.module.norm.running_var, variance[stands], rtol=1e-5)  # type: ignore[union-attr, index, arg-type]
 
 
 def test_a_channel_that_pruning_silenced_has_its_mean_corrected_alone() -> None:
