@@ -36,9 +36,9 @@ def reestimate_batchnorm(
 
     `dense` is the same model before pruning; it is run beside, in eval mode, and stays as it was. Channel c of a layer
     named in `orders` is channel `orders[name][c]` of the dense one. While one batch runs, layers use what that batch
-    asks for, so that each sees inputs that are corrected already; then the moments of all batches, summed in float64,
-    decide. A variance cannot fall below zero, so a channel is scaled up by at most what the layer's epsilon allows.
-    Returns the number of layers.
+    asks for, so that each sees inputs that are corrected already; then the moments of all batches together decide. A
+    variance cannot fall below zero, so a channel is scaled up by at most what the layer's epsilon allows. Returns the
+    number of layers.
 
     Raises:
         CalibrationError: statistics that are not finite.
@@ -123,29 +123,32 @@ class _Pair:
 
 
 class _Sums:
-    """Running sums of one layer's inputs, per channel, in float64."""
+    """Moments of one layer's inputs per channel: a batch's in float32, put together in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._powers: Tensor | None = None
+        self._moments: Tensor | None = None
 
     def add(self, x: Tensor) -> Tensor:
         """Take in an input (samples, channels, *positions) and return its own moments, as `moments` does."""
-        rows = x.detach().double().movedim(1, 0).flatten(1)  # (channels, samples * positions)
-        powers = torch.stack((rows.sum(1), rows.square().sum(1)))
-        self.count += rows.shape[1]
-        self._powers = powers if self._powers is None else self._powers + powers
-        return _moments(powers, rows.shape[1])
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        variance, mean = torch.var_mean(x.detach().float(), axes, correction=0)
+        found = torch.stack((mean, variance)).double()
+        count = x.numel() // x.shape[1]
+        if self._moments is None:
+            self._moments = found
+        else:
+            share = count / (self.count + count)
+            apart = found[0] - self._moments[0]
+            self._moments = torch.lerp(self._moments, found, share)
+            self._moments[1] += share * (1 - share) * apart.square()
+        self.count += count
+        return found
 
     def moments(self) -> Tensor:
-        """Return (mean, variance) per channel, (2, channels)."""
-        assert self._powers is not None
-        return _moments(self._powers, self.count)
-
-
-def _moments(powers: Tensor, count: int) -> Tensor:
-    mean, square = powers / max(count, 1)
-    return torch.stack((mean, (square - mean.square()).clamp_min(0)))
+        """Return (mean, variance) per channel, (2, channels) float64."""
+        assert self._moments is not None
+        return self._moments
 
 
 @contextmanager
