@@ -6,11 +6,10 @@
     method = "sparsegpt"
     options = { damp = 0.01 }
 
-A line `rounds = 3` above the rules prunes the network three times and keeps the round that is best on held-out data;
-`dense_targets = true` measures layer errors against the dense model's outputs in the first round as well. Tables such
-as [distill] add the steps of `steps`, with their settings. The first rule that matches a site decides. A rule whose
-`sites` is the name of a site names it outright, and then also prunes a site that is dense by default (an output head).
-A name that holds wildcards of its own, such as blocks[0], is first read letter by letter.
+A line `rounds = 3` above the rules prunes the network three times and keeps the round that is best on held-out data.
+Tables such as [distill] add the steps of `steps`, with their settings. The first rule that matches a site decides. A
+rule whose `sites` is the name of a site names it outright, and then also prunes a site that is dense by default (an
+output head). A name that holds wildcards of its own, such as blocks[0], is first read letter by letter.
 """
 
 import dataclasses
@@ -76,14 +75,12 @@ class Recipe:
     """Rules in order of precedence, and globs of sites that stay dense whatever the rules say.
 
     The whole network is pruned `rounds` times (at least 1) and the best round on held-out data stays; see
-    `passes.prune.rounds`. `dense_targets` gives the first round, too, targets from the dense model. The steps are None
-    where they are not taken; `finetune` stands between rounds.
+    `passes.prune.rounds`. The steps are None where they are not taken; `finetune` stands between rounds.
     """
 
     rules: tuple[Rule, ...]
     keep_dense: tuple[str, ...] = ()
     rounds: int = 1
-    dense_targets: bool = False
     allocate: Allocate | None = None
     permute: Permute | None = None
     finetune: FineTune | None = None
@@ -159,7 +156,7 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"the recipe is not TOML: {error}") from None
-    _known(table, {"rule", "keep_dense", "rounds", "dense_targets", *STEPS}, "the recipe")
+    _known(table, {"rule", "keep_dense", "rounds", *STEPS}, "the recipe")
     rules = table.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise RecipeError("the recipe: write each rule as a table [[rule]]")
@@ -169,10 +166,9 @@ def parse_recipe(text: str, methods: Mapping[str, type[Any]]) -> Recipe:
     rounds = table.get("rounds", 1)
     if isinstance(rounds, bool) or not isinstance(rounds, int):
         raise RecipeError(f"the recipe: rounds must be a whole number, found {rounds!r}")
-    targets = _typed(table, "dense_targets", bool, "the recipe", default=False)
     parsed = tuple(_parse_rule(rule, number, methods) for number, rule in enumerate(rules, 1))
     steps = {word: _parse_step(word, table[word]) for word in STEPS if word in table}
-    return Recipe(parsed, tuple(keep_dense), rounds, targets, **cast(dict[str, Any], steps))
+    return Recipe(parsed, tuple(keep_dense), rounds, **cast(dict[str, Any], steps))
 
 
 def format_recipe(recipe: Recipe) -> str:
@@ -180,8 +176,6 @@ def format_recipe(recipe: Recipe) -> str:
     lines = [f"keep_dense = {_toml(list(recipe.keep_dense))}"] if recipe.keep_dense else []
     if recipe.rounds != 1:
         lines.append(f"rounds = {recipe.rounds}")
-    if recipe.dense_targets:
-        lines.append("dense_targets = true")
     for word, step in recipe.steps().items():
         body = ", ".join(f"{key} = {_toml(value)}" for key, value in dataclasses.asdict(step).items())
         lines.append(f"{word} = {{ {body} }}")

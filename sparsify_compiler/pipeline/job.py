@@ -10,7 +10,7 @@ from itertools import chain
 from sparsify_compiler.batches import Batch, named_tensors
 from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.checkpoint import Checkpoint, digest
-from sparsify_compiler.errors import DataError, ModelError, RecipeError
+from sparsify_compiler.errors import DataError, ModelError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report import (
     FileReport,
@@ -98,8 +98,6 @@ class Job:
         Raises:
             DataError: a method needs data and none was given.
         """
-        if self.recipe.dense_targets:
-            raise RecipeError("the recipe asks for dense_targets, which this version cannot do yet; leave it out")
         decisions = decide(self.recipe, graph.sites)
         rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
         if self.generated and rules:

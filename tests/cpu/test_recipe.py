@@ -70,7 +70,6 @@ def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
     recipe = Recipe(
         (make_rule("*", NM(2, 4), Magnitude(), swaps=3),),
         rounds=2,
-        dense_targets=True,
         allocate=Allocate("owl", 0.05),
         permute=Permute(3),
         finetune=FineTune(2, 1e-4, 4, masked=True),
@@ -92,7 +91,7 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
         ("", r"the recipe has no rule; add a \[\[rule\]\]"),
         (
             "rules = 1",
-            "the recipe: unknown key 'rules'; known: allocate, dense_targets, distill, .*, rounds, rule",
+            "the recipe: unknown key 'rules'; known: allocate, distill, .*, rounds, rule",
         ),
         ("distill = 3\n" + RULE, r"write distill as a table \[distill\], found 3"),
         ("[distill]\nrates = 3\n" + RULE, r"\[distill\]: unknown key 'rates'; known: batches, epochs, prec"),
