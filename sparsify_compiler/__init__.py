@@ -20,26 +20,39 @@ from sparsify_compiler.api_bench import (
 from sparsify_compiler.api_table import Draw, MethodTable, Trial, method_table, method_trials, recipe_trial
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.export.report import Report, report_from_json
+from sparsify_compiler.passes.prune.alps import ALPS
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.magnitude import Magnitude
+from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.pattern import NM, Block, Unstructured, parse_pattern
 from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, parse_recipe
+from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
+    "ALPS",
+    "IOBS",
     "NM",
+    "OBC",
+    "Allocate",
     "BenchReport",
     "Block",
     "DecodeChoice",
+    "Distill",
     "Draw",
+    "FineTune",
     "Heldout",
     "Magnitude",
     "MethodTable",
     "Options",
+    "Permute",
     "RandomLayers",
     "Recipe",
+    "Reconstruct",
     "Report",
     "Rule",
     "SparseGPT",
@@ -47,6 +60,7 @@ __all__ = [
     "Trial",
     "Unstructured",
     "Wanda",
+    "WoodTaylor",
     "bench",
     "bench_decoder",
     "bench_layers",

@@ -34,6 +34,8 @@ def compile_verb(
     keep_dense: opt.KeepDense = None,
     no_refit: opt.NoRefit = False,
     rounds: opt.Rounds = None,
+    swaps: opt.Swaps = None,
+    step: opt.Steps = None,
     share_batches: opt.ShareBatches = False,
     dtype: opt.DtypeOption = "float32",
     device: opt.Device = "auto",
@@ -57,8 +59,9 @@ def compile_verb(
     """Prune MODEL, check it, and write OUT/: model.onnx, model.safetensors, report.html and report.json."""
     with guard(debug, lambda: _resumable(output)):
         Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
-        dense = tuple(keep_dense or ())
-        chosen = RecipeChoice(recipe, method, pattern, sparsity, dense, refit=not no_refit, rounds=rounds).recipe()
+        dense, steps = tuple(keep_dense or ()), tuple(step or ())
+        wanted = RecipeChoice(recipe, method, pattern, sparsity, dense, not no_refit, rounds, swaps, steps)
+        chosen = wanted.recipe()
         options = Options(
             output=output,
             dtype=dtype,

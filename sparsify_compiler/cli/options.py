@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparsify_compiler.recipe import STEPS
+
 DATA = "text or .jsonl, .npz or .safetensors of named inputs, a folder or tar of images with a labels.csv, or "
 DATA += "package.module:factory (with --trust)"
 MODEL = "A Hugging Face folder, a .gguf, .onnx or .pt2 file, a compiled OUT/, or package.module:factory."
@@ -69,6 +71,18 @@ ShareBatches = Annotated[
     bool, typer.Option("--share-batches", help="Give every round all calibration batches, not a part of its own.")
 ]
 NoRefit = Annotated[bool, typer.Option("--no-refit", help="Do not re-solve the kept weights on the final mask.")]
+Swaps = Annotated[
+    int | None,
+    typer.Option(min=0, help="Rounds of 1-swap search that improve each mask before the re-solve.", show_default="0"),
+]
+Steps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--step",
+        help=f"A step beside the pruning, with its default settings: {', '.join(STEPS)}; may be given several times.",
+        show_default=False,
+    ),
+]
 
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="The compiled model's floating-point type.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]

@@ -4,14 +4,14 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sparsify_compiler.api import METHODS
 from sparsify_compiler.api_table import Trial
 from sparsify_compiler.errors import ExportError, RecipeError
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.options import Options
-from sparsify_compiler.recipe import Recipe, make_rule, parse_recipe
+from sparsify_compiler.recipe import STEPS, Recipe, make_rule, parse_recipe
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ class RecipeChoice:
     keep_dense: tuple[str, ...] = ()
     refit: bool = True
     rounds: int | None = None
+    swaps: int | None = None
+    steps: tuple[str, ...] = ()
 
     def recipe(self) -> Recipe:
         """Read the file, or build the one rule: sparsegpt and 2:4 where nothing else was said.
@@ -134,8 +136,12 @@ class RecipeChoice:
         name = self.method or "sparsegpt"
         if name not in METHODS:
             raise RecipeError(f"--method {name!r}: unknown; choose one of {', '.join(sorted(METHODS))}")
-        rule = make_rule("*", parse_pattern(self.pattern or "2:4"), METHODS[name](), self.sparsity, self.refit)
-        return Recipe((rule,), self.keep_dense, self.rounds or 1)
+        if unknown := [word for word in self.steps if word not in STEPS]:
+            raise RecipeError(f"--step {unknown[0]!r}: unknown; choose one of {', '.join(STEPS)}")
+        pattern = parse_pattern(self.pattern or "2:4")
+        rule = make_rule("*", pattern, METHODS[name](), self.sparsity, self.refit, self.swaps or 0)
+        steps: dict[str, Any] = {word: STEPS[word]() for word in self.steps}
+        return Recipe((rule,), self.keep_dense, self.rounds or 1, **steps)
 
     def _from_file(self, file: Path) -> Recipe:
         given = {
@@ -143,6 +149,8 @@ class RecipeChoice:
             "--pattern": self.pattern,
             "--sparsity": self.sparsity,
             "--rounds": self.rounds,
+            "--swaps": self.swaps,
+            "--step": self.steps or None,
             "--no-refit": None if self.refit else True,
         }
         if clash := [option for option, value in given.items() if value is not None]:

@@ -171,6 +171,10 @@ def test_a_recipe_file_is_read_and_keep_dense_adds_to_it(monkeypatch: pytest.Mon
         (["--sparsity", "0.7"], "pattern 2:4 removes 0.5 of the weights, sparsity 0.7 was asked"),
         (["--recipe", "r.toml", "--method", "wanda"], "--recipe and --method were both given"),
         (["--recipe", "r.toml", "--no-refit"], "--recipe and --no-refit were both given"),
+        (["--recipe", "r.toml", "--swaps", "0"], "--recipe and --swaps were both given"),
+        (["--recipe", "r.toml", "--step", "distill"], "--recipe and --step were both given"),
+        (["--step", "polish"], "--step 'polish': unknown; choose one of allocate, permute, finetune"),
+        (["--step", "finetune"], "finetune stands between rounds, and there is one"),
         (["--recipe", "absent.toml"], "--recipe 'absent.toml': cannot be read (No such file or directory)"),
     ],
 )

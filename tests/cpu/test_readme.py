@@ -8,7 +8,7 @@ import torch
 import typer
 from listing import START, STOP, first_line, listing, with_listing
 from size import source_files
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sparsify_compiler.cli.main import build_app
 from sparsify_compiler.passes.prune import METHODS
@@ -47,7 +47,15 @@ def commands() -> dict[str, set[str]]:
     """Return every verb of the command line with its options."""
     program = typer.main.get_command(build_app())
     assert isinstance(program, TyperGroup)
-    return {name: {flag for option in verb.params for flag in option.opts} for name, verb in program.commands.items()}
+    return {name: options(verb) for name, verb in program.commands.items()}
+
+
+def options(verb: object) -> set[str]:
+    """Return the options of a verb, or of all that stand below it."""
+    if isinstance(verb, TyperGroup):
+        return set().union(*(options(each) for each in verb.commands.values()))
+    assert isinstance(verb, TyperCommand)
+    return {flag for option in verb.params for flag in option.opts}
 
 
 def test_every_command_in_the_readme_exists_with_its_options() -> None:
@@ -83,7 +91,8 @@ def test_the_python_example_runs_on_a_small_transformer() -> None:
 
 
 def test_the_recipe_example_is_a_recipe() -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", readme(), re.DOTALL)
-    recipe = parse_recipe(example, METHODS)
+    rules, steps = re.findall(r"```toml\n(.*?)```", readme(), re.DOTALL)
+    recipe = parse_recipe(steps + rules, METHODS)
     assert len(recipe.rules) == 2
+    assert set(recipe.steps()) == {"permute", "allocate", "reconstruct", "distill"}
     assert recipe == parse_recipe(format_recipe(recipe), METHODS)
