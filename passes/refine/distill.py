@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsify_compiler.graph import DifferentiableGraph, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import Distance
-from sparsify_compiler.passes.refine.train import Reselect, Schedule, add_gradients, products, train
+from sparsify_compiler.passes.refine.train import SHORT, Reselect, Schedule, add_gradients, products, train
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.steps import Distill
 
@@ -89,7 +89,7 @@ def distill(
         progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", epoch, settings.epochs)
 
     progress(f"distill, {heldout.words} {best.epochs[0].heldout:.4g}", 0, settings.epochs)
-    schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed)
+    schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
     trained = train(weights, best.keep, len(training.teacher.batches), gradient, schedule, reselect, ended)
     for site in sites:
         graph.set_weight(site, best.weights[site.name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify_compiler.batches import padding
 from sparsify_compiler.graph import DifferentiableGraph
-from sparsify_compiler.passes.refine.train import Schedule, add_gradients, products, train
+from sparsify_compiler.passes.refine.train import SHORT, Schedule, add_gradients, products, train
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.refinement import PrunedSegment, Refined
 from sparsify_compiler.steps import Precision, Reconstruct
@@ -64,7 +64,7 @@ class Reconstruction:
         before = task.error(task.weights)
         keep = {name: site.keep.to(task.device) for name, site in segment.sites.items()}
         settings = self.settings
-        schedule = Schedule(settings.epochs, settings.rate, settings.batches, seed=self.seed)
+        schedule = Schedule(settings.epochs, settings.rate, settings.batches, seed=self.seed, decay=SHORT)
 
         def gradient(weights: Mapping[str, Tensor], numbers: Sequence[int]) -> float:
             scale = len(segment.batches) / len(numbers)  # the size of the error over all batches, whatever a step takes

@@ -14,6 +14,9 @@ from sparsify_compiler.steps import Precision
 EPSILON = 1e-12
 """Adam's ε. The gradient of a relative loss at one of 1e8 weights is about 1e-9: torch's own 1e-8 would damp it."""
 
+SHORT = 0.95
+"""The decay rate of Adam's second moment for runs of tens of steps, not thousands: it forgets in twenty."""
+
 Gradient = Callable[[Mapping[str, Tensor], Sequence[int]], float]
 """Called as gradient(weights, numbers): adds the gradient of the mean loss over the batches `numbers` to every
 weight's `grad`, through `add_gradients`, and returns that mean."""
@@ -27,7 +30,7 @@ class Schedule:
     """How long and how fast: `epochs` passes in a new order each, `batches` of them a step, drawn from `seed`.
 
     The rate rises to `rate` in a straight line over the share `warmup` of the steps, in [0, 1), and falls to zero along
-    a cosine over the rest.
+    a cosine over the rest. `decay` is that of Adam's second moment.
     """
 
     epochs: int
@@ -35,6 +38,7 @@ class Schedule:
     batches: int
     warmup: float = 0.0
     seed: int = 0
+    decay: float = 0.999
 
     def steps(self, count: int) -> int:
         """Return the number of steps over `count` batches."""
@@ -93,7 +97,7 @@ def train(
     Where `keep` (bool, as the weights) is False a weight must be zero and stays so exactly; None: all are free. A loss
     that is not finite ends the training, and a note says so: whoever calls this keeps the best weights it saw.
     """
-    loop = _Loop(weights, dict(keep) if keep is not None else None, reselect, schedule.steps(count))
+    loop = _Loop(weights, dict(keep) if keep is not None else None, reselect, schedule, schedule.steps(count))
     losses: list[float] = []
     step = 0
     for epoch, parts in enumerate(schedule.order(count), 1):
@@ -115,12 +119,17 @@ class _Loop:
     """What goes from step to step."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], keep: dict[str, Tensor] | None, reselect: Reselect | None, steps: int
+        self,
+        weights: Mapping[str, Tensor],
+        keep: dict[str, Tensor] | None,
+        reselect: Reselect | None,
+        schedule: Schedule,
+        steps: int,
     ) -> None:
         self.weights, self.keep, self.steps = weights, keep, steps
         self._reselect = reselect
         self._selections = reselect.steps(steps) if reselect is not None and keep is not None else ()
-        self._adam = torch.optim.Adam(list(weights.values()), eps=EPSILON)
+        self._adam = torch.optim.Adam(list(weights.values()), betas=(0.9, schedule.decay), eps=EPSILON)
 
     def seen(self, step: int) -> Mapping[str, Tensor]:
         """Return the weights that the model runs with at `step`: leaves of their own while pruned ones train unseen."""

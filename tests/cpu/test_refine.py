@@ -86,10 +86,10 @@ def test_the_loop_is_torch_adam_on_the_kept_entries_and_leaves_the_others_exactl
     target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     keep = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     weights, gradient = quadratic(target)
-    schedule = Schedule(epochs=7, rate=0.1, batches=1)
+    schedule = Schedule(epochs=7, rate=0.1, batches=1, decay=0.95)
     trained = train(weights, {"w": keep}, 1, gradient, schedule)  # type: ignore[arg-type]
     free = torch.zeros(int(keep.sum()), requires_grad=True)
-    adam = torch.optim.Adam([free], eps=1e-12)
+    adam = torch.optim.Adam([free], betas=(0.9, 0.95), eps=1e-12)
     for step in range(7):
         adam.param_groups[0]["lr"] = schedule.rate_at(step, 7)
         adam.zero_grad()
