@@ -80,7 +80,7 @@ class Reconstruct:
 
     epochs: int = 8
     rate: float = 3e-4
-    batches: int = 8
+    batches: int = 1
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
