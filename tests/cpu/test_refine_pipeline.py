@@ -84,10 +84,11 @@ def test_a_language_model_and_a_classifier_are_distilled_by_their_distributions(
     assert epochs(report)[-1] < epochs(report)[0]
     assert any("flatters that figure" in note for note in report.notes if note.startswith("distill"))
     images, cnn = image_batches(4), seeded(Cnn)
+    cnn.get_parameter("fc.weight").data *= 100  # a classifier that is sure of something: a divergence above rounding
     heldout = Heldout(images[3:], [cnn(images[3]).argmax(1)])
     _, report = sc.compile(cnn, images[:3], recipe=recipe(), options=OPTIONS, heldout=heldout)
     assert report.steps[-1].measure == "KL divergence to the dense model"
-    assert epochs(report)[-1] <= epochs(report)[0]
+    assert min(epochs(report)) < epochs(report)[0]
 
 
 def test_steps_are_taken_in_and_after_rounds() -> None:
