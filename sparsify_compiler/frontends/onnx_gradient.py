@@ -118,19 +118,18 @@ class DifferentiableOnnx:
             for product in each.products
         }
         site_of = {product.node: each.site.name for each in piece.sites for product in each.products}
-        watched = {each.value for each in piece.watched} if observe is not None else set()
-        dead = _last_reads(piece, piece.alive_after | watched)
+        watched = {each.product.node: each for each in piece.watched}
+        dead = _last_reads(piece, piece.alive_after)
         env: dict[str, Any] = dict(values)
         for node in piece.nodes:
+            if observe is not None and node in watched:
+                observe(watched[node].reads, read_rows(watched[node], env[watched[node].value]))
             made = self._run(node, env, swapped)
             env.update((value.name or "", y) for value, y in zip(node.outputs, made, strict=False))
             if emit is not None and node in site_of:
                 emit(site_of[node], made[0])
             for name in dead.get(node, ()):
                 env.pop(name, None)
-        if observe is not None:
-            for each in piece.watched:
-                observe(each.reads, read_rows(each, env[each.value]))
         return {name: value for name, value in env.items() if name in piece.alive_after}
 
     def _run(

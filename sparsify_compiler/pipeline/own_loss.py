@@ -9,8 +9,7 @@ from torch import Tensor
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import RecipeError
 from sparsify_compiler.export.report_rows import size
-from sparsify_compiler.frontends.torch import TorchGraph
-from sparsify_compiler.graph import Graph, Site
+from sparsify_compiler.graph import DifferentiableGraph, Graph, Site
 from sparsify_compiler.passes.gradients import DenseOutputs, ModelLoss, NextToken
 from sparsify_compiler.passes.prune.expand import Expand, SiteExpansion, expand
 from sparsify_compiler.passes.prune.iobs_layer import IOBS
@@ -18,6 +17,7 @@ from sparsify_compiler.passes.prune.rounds import Tune
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.finetune import finetune
 from sparsify_compiler.pipeline.quality import is_language_model
+from sparsify_compiler.pipeline.refine import differentiable
 from sparsify_compiler.pipeline.rounds import forward_of_graph
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import Needs
@@ -46,7 +46,8 @@ def own_loss(
     `graph` is dense when this is called.
 
     Raises:
-        RecipeError: the graph gives no gradients, or a method would not see what fine-tuning did.
+        RecipeError: a method would not see what fine-tuning did.
+        ModelError: an ONNX file has operators that give no gradients here.
     """
     needing = {
         decision.site.name: decision.rule.method.needs
@@ -55,12 +56,7 @@ def own_loss(
     }
     if not needing and recipe.finetune is None:
         return OwnLoss()
-    if not isinstance(graph, TorchGraph):
-        asking = "woodtaylor" if needing else "finetune"
-        raise RecipeError(
-            f"the recipe asks for {asking}, which needs the gradient of the model; an ONNX file is run by ONNX "
-            "Runtime, which gives none: compile the PyTorch model, or choose iobs"
-        )
+    trained = differentiable(graph)
     sites = {d.site.name: d.site for d in decisions if d.rule is not None}
     if recipe.finetune is not None:
         _check_starts(decisions)
@@ -73,19 +69,19 @@ def own_loss(
     weighing = frozenset(name for name, needs in needing.items() if needs is Needs.FISHER)
 
     def expansions(batches: Sequence[Batch], dense: Mapping[str, Tensor]) -> Mapping[str, SiteExpansion]:
-        return expand(graph, batches, asked, loss(dense), weighing, progress)
+        return expand(trained, batches, asked, loss(dense), weighing, progress)
 
     notes = [f"the model's own loss is {loss({}).words}"]
     if needing:
         held = sum(4 * s.groups * s.out * s.in_ for s in asked.values())
         held += sum(8 * asked[name].groups * asked[name].in_ ** 2 for name in weighing)
         notes.append(f"woodtaylor: {size(held)} more held the gradient and the curvature of all its sites")
-    tune = None if recipe.finetune is None else partial(_tune, graph, sites, loss, recipe.finetune, progress)
+    tune = None if recipe.finetune is None else partial(_tune, trained, sites, loss, recipe.finetune, progress)
     return OwnLoss(expansions if needing else None, tune, tuple(notes))
 
 
 def _tune(
-    graph: TorchGraph,
+    graph: DifferentiableGraph,
     sites: Mapping[str, Site],
     loss: LossAt,
     settings: FineTune,

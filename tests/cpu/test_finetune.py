@@ -12,7 +12,6 @@ import sparsify_compiler as sc
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import RecipeError
 from sparsify_compiler.frontends.layout import to_problem
-from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.passes.gradients import NextToken
 from sparsify_compiler.passes.prune.iobs_layer import IOBS
@@ -153,16 +152,12 @@ def test_the_last_round_is_not_tuned() -> None:
     )
 
 
-def test_finetune_is_refused_for_methods_that_would_not_see_it_and_for_onnx_files() -> None:
+def test_finetune_is_refused_for_methods_that_would_not_see_it() -> None:
     batches = ids()
     graph = traced(seeded(Causal), batches[0])
     asked = recipe(sc.SparseGPT(), settings=FineTune())
     with pytest.raises(RecipeError, match=r"finetune, but 'sparsegpt' of 'inner' prunes the dense weights anew"):
         own_loss(graph, decide(asked, graph.sites), asked, batches, silent)
-    asked = recipe(WoodTaylor())
-    decisions = decide(asked, graph.sites)
-    with pytest.raises(RecipeError, match="asks for woodtaylor, which needs the gradient of the model; an ONNX file"):
-        own_loss(OnnxGraph.__new__(OnnxGraph), decisions, asked, batches, silent)
 
 
 @pytest.mark.parametrize("kind", [Causal, Mlp])

@@ -24,11 +24,12 @@ from sparsify_compiler.frontends.onnx_operators import Call
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
 from sparsify_compiler.pattern import NM
 from sparsify_compiler.plan import decide
 from sparsify_compiler.recipe import Recipe, make_rule
-from sparsify_compiler.steps import Distill, Reconstruct
+from sparsify_compiler.steps import Distill, FineTune, Reconstruct
 
 UNSIGNED = ("uint16", "uint32", "uint64")  # PyTorch has no arithmetic for them; no gradient flows through them
 EMPTY = (
@@ -199,6 +200,17 @@ def test_an_onnx_file_is_reconstructed_and_distilled(tmp_path: Path) -> None:
     assert [each.step for each in tuned.steps] == ["reconstruct"] * 2 + ["distill"] * 5
     assert tuned.quality[0].measure == "relative error"
     assert tuned.quality[0].sparse < plain.quality[0].sparse
+
+
+def test_rounds_on_an_onnx_file_take_its_gradient_and_tune_between(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(blocks(), path)
+    data, options = batches(9), sc.Options(tokens=(1,), recalibrate_batchnorm=False, share_batches=True)
+    rule = make_rule("*", NM(2, 4), WoodTaylor(), refit=False)
+    recipe = Recipe((rule,), rounds=2, finetune=FineTune(rate=1e-3, batches=2))
+    _, report = sc.compile(path, data[:8], recipe=recipe, options=options, heldout=data[8:])
+    assert report.rounds[1].differed == ("prefix", "Gram", "targets", "gradient", "fine-tuning")
+    assert report.rounds[1].heldout < report.rounds[0].heldout
 
 
 def test_operators_that_give_no_gradient_are_named_before_anything_is_pruned() -> None:
