@@ -17,9 +17,12 @@ from methods import (
 )
 from torch import Tensor
 
+from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.errors import CalibrationError, DataError, SingularGramError
+from sparsify_compiler.frontends.torch import trace_module
 from sparsify_compiler.passes.prune import swap_search
 from sparsify_compiler.passes.prune.exchange import Tableau, blocks_of, columns_of, exchange
+from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.quadratic import damped_quadratic, tile_of
@@ -30,8 +33,10 @@ from sparsify_compiler.passes.prune.swap_gains import swap_gains
 from sparsify_compiler.passes.prune.swaps import refine
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.plan import decide
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
-from sparsify_compiler.recipe import make_rule
+from sparsify_compiler.recipe import Recipe, make_rule
+from tests.models.small import Mlp, mlp_batches, seeded
 
 TINY = (
     Case(Unstructured(), 0.5, 6, 8),
@@ -302,3 +307,19 @@ def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     problem = problem_of(Case(NM(2, 4), 0.5, 2, 8))
     with pytest.raises(ValueError, match="must "):
         refine(problem, Magnitude().prune(problem), **options)  # type: ignore[arg-type]
+
+
+def test_a_rule_with_swaps_gathers_what_they_read_and_prunes_a_graph_better() -> None:
+    outcomes = []
+    for swaps in (0, 3):
+        module, batches = seeded(Mlp), mlp_batches()
+        graph = trace_module(module, batches[0])
+        rule = make_rule("*", Unstructured(), Magnitude(), 0.5, refit=swaps == 0, swaps=swaps)
+        walk = Walk(graph, batches, decide(Recipe((rule,)), graph.sites))
+        outcomes.append(prune_layerwise(walk))
+    plain, swapped = outcomes
+    first = next(iter(plain))  # the only site that both see the same inputs of
+    assert swapped[first].sparsity == plain[first].sparsity == 0.5
+    assert swapped[first].loss_selected == plain[first].loss_selected
+    assert (swapped[first].loss or 0.0) < (plain[first].loss or 0.0)
+    assert all((outcome.loss or 0.0) < (outcome.loss_selected or 0.0) for outcome in swapped.values())
