@@ -61,7 +61,6 @@ def compile_verb(
         Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
         dense, steps = tuple(keep_dense or ()), tuple(step or ())
         wanted = RecipeChoice(recipe, method, pattern, sparsity, dense, not no_refit, rounds, swaps, steps)
-        chosen = wanted.recipe()
         options = Options(
             output=output,
             dtype=dtype,
@@ -79,7 +78,7 @@ def compile_verb(
             share_batches=share_batches,
         )
         choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
-        request = CompileRequest(model, chosen, options, calibration, heldout, choice, trust)
+        request = CompileRequest(model, wanted.recipe(), options, calibration, heldout, choice, trust)
         with draw_progress(Console(stderr=True)) as progress:
             report = compile_model(request, progress)
         _show(report, output)
