@@ -21,11 +21,14 @@ from sparsify_compiler.errors import CalibrationError, RecipeError
 from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
 from sparsify_compiler.passes.error_curves import Outputs, cost_curve, dense_walk
+from sparsify_compiler.passes.prune.iobs_layer import IOBS, SOLVERS
 from sparsify_compiler.passes.prune.quadratic import tile_of
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
+from sparsify_compiler.pattern import Block, Pattern
 from sparsify_compiler.plan import Decision
-from sparsify_compiler.problem import LayerProblem
+from sparsify_compiler.problem import LayerProblem, Pruner
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.recipe import Rule
 from sparsify_compiler.steps import Allocate
@@ -92,7 +95,7 @@ def allocate(
 def _share(site: Site, rule: Rule, spread: float) -> Share:
     """Return the site's bounds, in tiles; where the method removes the same from every row, in tiles of all rows."""
     rows, cols = tile_of(rule.pattern)
-    row_wise = getattr(rule.method, "scope", "layer") == "row"
+    row_wise = _row_wise(rule.method, rule.pattern)
     unit = site.groups * cols * (site.out if row_wise else rows)
     entries = site.groups * site.out * site.in_
     asked = site.groups * rule.pattern.removed(
@@ -101,6 +104,15 @@ def _share(site: Site, rule: Rule, spread: float) -> Share:
     low = -int((spread - rule.sparsity) * entries // unit) * unit  # towards the asked one, as the upper bound
     high = int((rule.sparsity + spread) * entries // unit) * unit
     return Share(entries, unit, asked, min(max(low, 0), asked), max(min(high, entries - unit), asked))
+
+
+def _row_wise(method: Pruner, pattern: Pattern) -> bool:
+    """Say whether `method`, or what it holds as its solver, removes the same from every row."""
+    if isinstance(method, IOBS | WoodTaylor):
+        return _row_wise(SOLVERS[method.solver](method.damp), pattern)
+    if isinstance(method, Wanda):
+        return not isinstance(pattern, Block)
+    return getattr(method, "scope", "layer") == "row"
 
 
 def _with_sparsity(decision: Decision, share: Share, removed: int) -> Decision:

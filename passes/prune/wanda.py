@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsify_compiler.errors import CalibrationError, DataError
-from sparsify_compiler.pattern import Block, Scope
+from sparsify_compiler.pattern import Block
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs
 
 
@@ -22,11 +22,6 @@ class Wanda:
     def name(self) -> str:
         """The word in recipes."""
         return "wanda"
-
-    @property
-    def scope(self) -> Scope:
-        """What is compared: the weights of one row; see `Pattern.select`."""
-        return "row"
 
     @property
     def needs(self) -> Needs:

@@ -23,12 +23,13 @@ from sparsify_compiler.passes.allocate import Allocation, allocate, outlier_shar
 from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
 from sparsify_compiler.passes.error_curves import Outputs, cost_curve, dense_walk
 from sparsify_compiler.passes.prune.alps import ALPS
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.rounds import forward_of_graph
 from sparsify_compiler.plan import Decision, decide
-from sparsify_compiler.problem import LayerProblem
+from sparsify_compiler.problem import LayerProblem, Pruner
 from sparsify_compiler.progress import silent
 from sparsify_compiler.recipe import Rule
 from sparsify_compiler.steps import Allocate
@@ -189,10 +190,11 @@ def _both(
     return [(trace_module(module, batches[0]), before), (trace_module(module, batches[0]), found.decisions)]
 
 
-def test_methods_that_prune_by_rows_move_by_whole_columns_and_the_notes_say_what_stays() -> None:
+@pytest.mark.parametrize("method", [sc.Wanda(), IOBS(solver="wanda")])
+def test_methods_that_prune_by_rows_move_by_whole_columns_and_the_notes_say_what_stays(method: Pruner) -> None:
     module, batches = seeded(Mlp, depth=2), mlp_batches()
     graph = trace_module(module, batches[0])
-    before = decisions_of(graph, sc.make_rule("*", sc.Unstructured(), sc.Wanda(), 0.5))
+    before = decisions_of(graph, sc.make_rule("*", sc.Unstructured(), method, 0.5))
     found = allocate(graph, batches, before, Allocate("error-curve", 0.2))
     outcomes = prune_layerwise(Walk(graph, batches, found.decisions))
     removed = {name: outcome.keep.numel() - int(outcome.keep.sum()) for name, outcome in outcomes.items()}
@@ -205,6 +207,16 @@ def test_methods_that_prune_by_rows_move_by_whole_columns_and_the_notes_say_what
     missing = sum(d.site.out * d.site.in_ // 2 for d in before if d.rule) - sum(removed.values())
     assert 0 <= missing < 64
     assert (f"less {missing}, because" in found.notes[0]) == (missing > 0)
+
+
+def test_wanda_compares_blocks_of_a_whole_layer_and_moves_by_single_ones() -> None:
+    module, batches = seeded(Mlp, depth=2, width=48, inner=48), [torch.randn(3, 48) for _ in range(2)]
+    graph = trace_module(module, batches[0])
+    before = decisions_of(graph, sc.make_rule("blocks.*", sc.Block(16, 16), sc.Wanda(), 0.5))
+    found = allocate(graph, batches, before, Allocate("owl", 0.3))
+    outcomes = prune_layerwise(Walk(graph, batches, found.decisions))
+    removed = sum(outcome.keep.numel() - int(outcome.keep.sum()) for outcome in outcomes.values())
+    assert removed == 4 * round(9 * 0.5) * 256  # as many blocks of nine as the rule takes from every layer
 
 
 def test_the_output_error_of_a_site_is_that_of_the_module_with_its_weight() -> None:
