@@ -1,6 +1,6 @@
 """What the dense model says on some batches, and how far another model's outputs are from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from sparsify_compiler.batches import Batch, Padding, padding
 from sparsify_compiler.boundaries import Boundaries, values_bytes
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import Graph, Site
+from sparsify_compiler.passes.gradients import Objective
 from sparsify_compiler.progress import Progress, silent
 
 ROWS_AT_A_TIME = 256
@@ -18,9 +19,6 @@ ROWS_AT_A_TIME = 256
 
 SMALLEST = 1e-30
 """What a probability below it counts as, so that its logarithm is finite."""
-
-Objective = Callable[[tuple[Tensor, ...]], Tensor]
-"""Maps a model's outputs on one batch to a scalar, differentiably."""
 
 
 class Teacher:
@@ -43,9 +41,12 @@ class Teacher:
         self._weights = {site.name: graph.weight(site) for site in sites if site.segment == self._last}
 
     def outputs(self, number: int) -> tuple[Tensor, ...]:
-        """Return the dense model's outputs on batch `number`."""
+        """Return the dense model's outputs on batch `number`; whoever asks may write into them."""
+        values = self._values[number]
+        held = {value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)}
         with torch.no_grad():
-            return self._graph.outputs(self._graph.run_segment(self._last, self._values[number], weights=self._weights))
+            outputs = self._graph.outputs(self._graph.run_segment(self._last, values, weights=self._weights))
+        return tuple(y.clone() if y.untyped_storage().data_ptr() in held else y for y in outputs)
 
     def size_bytes(self) -> int:
         """Count the bytes that are held."""

@@ -94,6 +94,28 @@ def test_losses_and_gradients_through_segments_are_those_of_the_whole_module(
         assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), site.name
 
 
+class Early(nn.Module):
+    """Returns what its first block makes as well as what the second makes of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.blocks[0](x).relu()
+        return scores, self.blocks[1](scores)
+
+
+def test_a_loss_leaves_an_output_that_is_remembered_as_it_was() -> None:
+    batches = mlp_batches(1)
+    graph = trace_module(seeded(Early), batches[0])
+    assert len(graph.segments) == 2
+    teacher = Teacher(graph, batches, graph.sites)
+    scores = torch.zeros_like(teacher.outputs(0)[0])
+    first, second = (float(Divergence(teacher).objective(0)((scores,))) for _ in range(2))
+    assert first == second > 0
+
+
 def test_the_divergence_counts_shown_tokens_and_reads_probabilities_as_they_are() -> None:
     dense, scores = (torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
