@@ -225,6 +225,8 @@ def _rule_words(rule: dict[str, Any]) -> str:
     sparsity = f" at sparsity {rule['sparsity']:g}" if "sparsity" in rule else ""
     options = ", ".join(f"{key} {value}" for key, value in rule.get("options", {}).items())
     how = f"{rule.get('method', '')}{f' ({options})' if options else ''}"
-    refit = "kept weights re-solved" if rule.get("refit", True) else "no re-solve"
+    refit = "kept weights re-solved" if rule.get("refit", True) or rule.get("swaps") else "no re-solve"
+    if rule.get("swaps"):
+        refit = f"up to {rule['swaps']} rounds of swaps, {refit}"
     sites = "every site" if rule.get("sites", "*") == "*" else rule["sites"]
     return f"{sites}: {pattern}{sparsity}, {how}, {refit}"

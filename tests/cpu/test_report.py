@@ -366,4 +366,7 @@ def test_numbers_are_written_for_readers() -> None:
 def test_a_recipe_is_told_in_words() -> None:
     toml = '[[rule]]\nsites = "a.*"\npattern = "64x64"\nsparsity = 0.5\nmethod = "wanda"\nrefit = false\n'
     assert recipe_words(toml) == ("a.*: 64x64 at sparsity 0.5, wanda, no re-solve",)
+    swapped = toml.replace("refit = false", "refit = false\nswaps = 3")
+    assert swapped != toml
+    assert recipe_words(swapped)[0].endswith("wanda, up to 3 rounds of swaps, kept weights re-solved")
     assert recipe_words("in words already") == ("in words already",)
