@@ -22,7 +22,7 @@ DTYPES = {
     onnx_ir.DataType.UINT8: torch.uint8,
     onnx_ir.DataType.BOOL: torch.bool,
 }
-"""What tensors of a type are in PyTorch; other types do not occur where gradients flow."""
+"""What tensors of a type are in PyTorch; through other types no gradient flows."""
 
 
 def _reshape(call: Call) -> Tensor:
@@ -169,7 +169,10 @@ def _cumulate(call: Call) -> Tensor:
 
 
 def _cast(call: Call) -> Tensor:
-    return call.x.to(DTYPES[onnx_ir.DataType(call.attributes["to"])])
+    wanted = onnx_ir.DataType(call.attributes["to"])
+    if wanted not in DTYPES:
+        raise NotImplementedError(f"Cast to {wanted.name}")
+    return call.x.to(DTYPES[wanted])
 
 
 SHAPES: Mapping[str, Operator] = {

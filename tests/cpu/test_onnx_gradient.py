@@ -213,6 +213,15 @@ def test_rounds_on_an_onnx_file_take_its_gradient_and_tune_between(tmp_path: Pat
     assert report.rounds[1].heldout < report.rounds[0].heldout
 
 
+def test_a_type_that_pytorch_has_not_is_named() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Cast", ["h"], ["y"], to=onnx.TensorProto.FLOAT8E5M2)]
+    graph = load(model(nodes, [("x", FLOAT, (8, 8))], [("y", onnx.TensorProto.FLOAT8E5M2, None)], {"w": array(8, 8)}))
+    assert isinstance(graph, OnnxGraph)
+    view = DifferentiableOnnx(graph)
+    with pytest.raises(ModelError, match="cannot be run with gradients: Cast to FLOAT8E5M2"):
+        view.run_segment(0, view.enter(torch.ones(8, 8)))
+
+
 def test_operators_that_give_no_gradient_are_named_before_anything_is_pruned() -> None:
     nodes = [node("MatMul", ["x", "w"], ["h"]), node("Det", ["h"], ["y"])]
     graph = load(model(nodes, [("x", FLOAT, (8, 8))], [("y", FLOAT, None)], {"w": array(8, 8)}))
