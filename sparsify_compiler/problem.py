@@ -1,5 +1,6 @@
 """What a pruning method is given and what it returns: tensors in, tensors out, no module and no device string."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -63,12 +64,15 @@ class Expansion:
     `gradient` (out, in) is taken at the weight the round found. The Hessian of row r of the weight is about
     `output_curvature`[r] · M: the squared gradient of the loss by output r, summed over tokens, times the second moment
     of the inputs. M is `inputs`, in which every token counts by its squared gradient, or the problem's Gram matrix
-    where `inputs` is None.
+    where `inputs` is None. The gradient is the mean of `terms` terms of the loss (infinite: it is exact), and was taken
+    for `sites` weights at the same point.
     """
 
     gradient: Tensor
     output_curvature: Tensor
     inputs: Gram | None = None
+    terms: float = math.inf
+    sites: int = 1
 
 
 @dataclass(frozen=True)

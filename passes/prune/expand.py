@@ -1,7 +1,7 @@
 """Differentiate the model's own loss at the weights of now: what WoodTaylor steps along, and by what it measures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ class SiteExpansion:
     output_curvature: Tensor
     inputs: Tensor | None = None
     tokens: int = 0
+    terms: int = 0
+    sites: int = 1
 
     def of_group(self, group: int, device: torch.device) -> Expansion:
         """Return the expansion of one group's weight, on `device`."""
         inputs = None if self.inputs is None else Gram(self.inputs[group].to(device), self.tokens)
         gradient, curvature = self.gradient[group].to(device), self.output_curvature[group].to(device)
-        return Expansion(gradient.double(), curvature, inputs)
+        return Expansion(gradient.double(), curvature, inputs, self.terms, self.sites)
 
 
 Expand = Callable[[Sequence[Batch], Mapping[str, Tensor]], Mapping[str, SiteExpansion]]
@@ -82,7 +84,8 @@ def expand(
     progress("gradient of the model's loss", len(batches), len(batches))
     if not terms:
         raise CalibrationError("the model's loss has no term on any calibration batch; give longer or unmasked windows")
-    return {name: squares[name].expansion(gradient.div_(terms), terms) for name, gradient in gradients.items()}
+    made = {name: squares[name].expansion(gradient.div_(terms), terms) for name, gradient in gradients.items()}
+    return {name: replace(each, terms=terms, sites=len(sites)) for name, each in made.items()}
 
 
 @dataclass

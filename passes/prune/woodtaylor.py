@@ -17,9 +17,9 @@ from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs
 class WoodTaylor:
     """Wu et al. 2024 (I-OBS), Alg. 1 and section 3.3, on the loss of the whole model: one step for one layer.
 
-    The second reading of the paper's "learning rate" η = `step` in (0, 1]: with g the gradient of the model's loss at
-    the weight θ_t that the round found (`LayerProblem.start`, else the dense weight) and H its curvature there, the
-    step goes to θ⁺ = θ_t − η H⁻¹ g, and `solver` approaches argmin ‖θ − θ⁺‖_H over the weights that the pattern allows.
+    The second reading of the paper's "learning rate" η: with g the gradient of the model's loss at the weight θ_t that
+    the round found (`LayerProblem.start`, else the dense weight) and H its curvature there, the step goes to
+    θ⁺ = θ_t − η H⁻¹ g, and `solver` approaches argmin ‖θ − θ⁺‖_H over the weights that the pattern allows.
     With g = 0 that is WoodFisher, with all weights but one kept it is both methods as published.
 
     H keeps a block for each row r of the weight, h_r · M (Martens & Grosse 2015, K-FAC, with a diagonal output factor):
@@ -35,21 +35,24 @@ class WoodTaylor:
     anywhere. For M that is raised tenfold (and noted) where M + ridge is indefinite; the solver damps by the same.
 
     What the gradient adds is what no layer objective knows: how the whole model, as pruned by now, does. The fixed
-    point of iobs (a round that returns what it was given) is left as soon as that gradient is not zero. The step is
-    short because a full one follows the noise of the gradient: for N tokens and d weights it costs about d / 2N nats,
-    many with more weights than tokens; and the steps of all layers are taken at once and do not know of each other.
-    NOTES.md has what was measured. An exact re-solve afterwards goes back to the layer's own optimum: set
-    `refit = false`.
+    point of iobs (a round that returns what it was given) is left as soon as that gradient is not zero.
+
+    η = `step` · s / sites. The steps of all sites are taken at once from one gradient and do not know of each other:
+    where they all agree, the curvature along the joint step is as many times what their own blocks say, so a share of
+    1 / sites is what cannot overshoot; `step` in (0, 1] is a share of that. s in [0, 1] is how much of the layer's
+    Newton step is signal (`_signal`): with more weights than tokens a gradient is mostly noise at the dense model, and
+    mostly signal once the model was pruned. NOTES.md has what was measured. An exact re-solve afterwards goes back to
+    the layer's own optimum: set `refit = false`.
     """
 
-    step: float = 0.02
+    step: float = 0.7
     damp: float = 0.01
     curvature: Literal["gram", "fisher"] = "gram"
     solver: str = "sparsegpt"
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
-            raise ValueError(f"step {self.step}: must lie in (0, 1], the share of the Newton step that is taken")
+            raise ValueError(f"step {self.step}: must lie in (0, 1], its share of the longest safe Newton step")
         if not 0 < self.damp <= 1:
             raise ValueError(f"damp {self.damp}: must lie in (0, 1], a share of the curvature's mean diagonal")
         if self.curvature not in ("gram", "fisher"):
@@ -72,7 +75,7 @@ class WoodTaylor:
 
         Without an `expansion` the gradient is taken to be zero and every row to count alike, as for a loss that
         compares with the dense model, at the dense model: the result is the solver's, and a note says so. `stats` gain
-        "moved", ‖θ⁺ − θ_t‖ / ‖θ_t‖.
+        "moved", ‖θ⁺ − θ_t‖ / ‖θ_t‖, and "trusted", s.
 
         Raises:
             DataError: the problem carries no Gram matrix, or a weight pruned before and no expansion: there the
@@ -96,14 +99,16 @@ class WoodTaylor:
         curvature = self._curvature(layer.name, matrix)
         start = (layer.weight if layer.start is None else layer.start).to(matrix.matrix)
         newton = curvature.solve(layer.expansion.gradient) / scale[:, None]
-        target = start - self.step * newton
+        noise = float(curvature.solve(matrix.matrix).trace()) / layer.expansion.terms
+        trusted = _signal(layer.expansion.gradient, newton, noise)
+        target = start - self.step / layer.expansion.sites * trusted * newton
         share = (scale / scale.mean()).sqrt()[:, None]
         solution = solver.prune(_inner(layer, matrix, target * share))
         weight = (solution.weight / share).float().masked_fill_(~solution.keep, 0.0)
         loss = layer.loss(weight)
         moved = float((target - start).norm() / start.norm().clamp_min(1e-300))
         notes = dict.fromkeys((*curvature.notes, *dead, *solution.notes))
-        stats = {**solution.stats, "moved": moved}
+        stats = {**solution.stats, "moved": moved, "trusted": trusted}
         return LayerSolution(weight, solution.keep, loss, loss, stats, tuple(notes))
 
     def _curvature(self, name: str, gram: Gram) -> DenseCurvature:
@@ -121,6 +126,16 @@ def _output_factor(output_curvature: Tensor, damp: float) -> tuple[Tensor, tuple
     if not float(mean) > 0:
         return torch.ones_like(output_curvature), ("woodtaylor: no gradient of the model's loss reaches this layer",)
     return output_curvature + damp * mean, ()
+
+
+def _signal(gradient: Tensor, newton: Tensor, noise: float) -> float:
+    """Return the share of the Newton step H⁻¹g (out, in) that is not noise: 1 − E[noise] / gᵀH⁻¹g, at least 0.
+
+    A gradient that is pure noise of N terms has the covariance H / N, so gᵀH⁻¹g = tr M (M + λI)⁻¹ / N a row on average,
+    which is `noise`. The share is Stein's (James & Stein 1961, positive part).
+    """
+    found = float((gradient.to(newton) * newton).sum())
+    return max(0.0, 1 - noise * len(newton) / found) if found > 0 else 0.0
 
 
 def _inner(layer: LayerProblem, gram: Gram, target: Tensor) -> LayerProblem:

@@ -1,5 +1,6 @@
 """WoodTaylor on one layer: WoodFisher and WoodTaylor as published, and the I-OBS step, on the damped curvature."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -102,6 +103,30 @@ def test_a_row_is_the_i_obs_step_and_near_the_best_of_all_supports(kept: int, st
         assert costs[0] >= costs[1] * (1 - 1e-5)
         excess.append(costs[0] / costs[1])
     assert sum(excess) / len(excess) < 1.25
+
+
+def test_of_a_gradient_that_is_noise_of_few_terms_almost_no_step_is_taken() -> None:
+    problem = expanded(problem_of(Case(Unstructured(), 0.5, 24, 40)))
+    assert problem.expansion is not None
+    assert problem.gram is not None
+    values, vectors = torch.linalg.eigh(problem.gram.matrix)
+    rows = problem.expansion.output_curvature.sqrt()[:, None]
+    noise = rows * (randn(24, 40, seed=9) * values.clamp_min(0).sqrt()) @ vectors.T / 10  # of covariance H / 100
+    for gradient, terms, low, high in ((noise, 100, 0.0, 0.1), (noise, 10000, 0.97, 1.0), (noise, math.inf, 1.0, 1.0)):
+        expansion = replace(problem.expansion, gradient=gradient, terms=terms)
+        trusted = WoodTaylor(damp=DAMP).prune(replace(problem, expansion=expansion)).stats["trusted"]
+        assert low <= trusted <= high  # 960 squared normal numbers: their mean is within 0.1 of 1 but in 1 of 40
+
+
+def test_the_step_is_shared_among_the_sites_that_step_at_once() -> None:
+    problem = expanded(problem_of(Case(Unstructured(), 0.0, 6, 8)))
+    assert problem.expansion is not None
+    found = []
+    for step, sites in ((0.5, 1), (1.0, 2)):
+        shared = replace(problem, expansion=replace(problem.expansion, sites=sites))
+        found.append(WoodTaylor(step=step).prune(shared).weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], problem.weight)
 
 
 def test_rows_with_more_output_curvature_keep_more_weights() -> None:
