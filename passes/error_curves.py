@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, padding
+from sparsify_compiler.boundaries import Boundaries
 from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.errors import CalibrationError
-from sparsify_compiler.graph import Graph, Site, Values
+from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.passes.budget import Curve, Share
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
@@ -65,7 +66,7 @@ class Outputs:
         self._graph = graph
         self._segment = 0
         self._hidden = [padding(batch) for batch in batches]
-        self._values = [_host(graph.enter(batch)) for batch in batches]
+        self._reached = Boundaries(graph, batches)
         self._dense = [[y.cpu() for y in self._run(number)] for number in range(len(batches))]
         self._energy = sum(_square(y) for outputs in self._dense for y in outputs)
         if not 0 < self._energy < float("inf"):
@@ -83,8 +84,7 @@ class Outputs:
             CalibrationError: Ŷ is not finite.
         """
         while self._segment < site.segment:
-            with torch.no_grad():
-                self._values = [_host(self._graph.run_segment(self._segment, values)) for values in self._values]
+            self._reached.advance(self._segment)
             self._segment += 1
         error = 0.0
         for number, dense in enumerate(self._dense):
@@ -96,7 +96,7 @@ class Outputs:
 
     def _run(self, number: int, weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Run a batch from the segment reached on, `weights` in it, and return its floating-point outputs."""
-        values, hidden = self._values[number], self._hidden[number]
+        values, hidden = self._reached.values[number], self._hidden[number]
         with torch.no_grad():
             for segment in self._graph.segments[self._segment :]:
                 values = self._graph.run_segment(segment.index, values, weights=weights)
@@ -128,10 +128,6 @@ def _prune(problems: Sequence[LayerProblem], sparsity: float) -> tuple[float, Te
     solutions = [prune_with(replace(problem, sparsity=sparsity), SparseGPT(), refit=False) for problem in problems]
     error = sum(solution.loss for solution in solutions if solution.loss is not None)
     return max(error, 0.0), torch.stack([solution.weight for solution in solutions])
-
-
-def _host(values: Values) -> Values:
-    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _square(y: Tensor) -> float:

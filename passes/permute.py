@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, padding
-from sparsify_compiler.boundaries import Boundaries
+from sparsify_compiler.boundaries import Boundaries, run_graph
 from sparsify_compiler.channels import Channels, Member
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.graph import Graph, MatmulLayout, Observer, Site
@@ -194,7 +194,7 @@ def _reorder(
 
 def _scores(graph: Graph, channels: Channels, readers: Sequence[_Ruled], squares: Mapping[str, Moments]) -> Tensor:
     """Return what the readers' weights count, (blocks, rows, size) float32, at most `MOST_ROWS` rows of them all."""
-    parts = []
+    parts: list[Tensor] = []
     for reader in readers:
         site, member = reader.site, reader.member(channels)
         assert member is not None
@@ -205,7 +205,9 @@ def _scores(graph: Graph, channels: Channels, readers: Sequence[_Ruled], squares
             means = torch.stack([seen.mean_square(group) for group in range(site.groups)])
             scores = scores.to(means.device) * means[:, None].float()
         rows = member.rows(from_problem(scores, site.layout, site.shape), reader.input_axis)
-        parts.append(rows[:, :: -(-rows.shape[1] * len(readers) // MOST_ROWS)])
+        rows = rows[:, :: -(-rows.shape[1] * len(readers) // MOST_ROWS)]
+        # Weights may lie on the host while the graph runs elsewhere: one that reads no data is not where means are.
+        parts.append(rows.to(parts[0].device) if parts else rows)
     return torch.cat(parts, dim=1)
 
 
@@ -236,10 +238,8 @@ def _mean_squares(graph: Graph, batches: Sequence[Batch], readers: Sequence[_Rul
 
 def _outputs(graph: Graph, example: Batch) -> list[Tensor]:
     """Return the model's floating-point outputs for one batch."""
-    boundaries = Boundaries(graph, [example])
-    for segment in graph.segments:
-        boundaries.advance(segment.index)
-    return [output for output in graph.outputs(boundaries.values[0]) if output.is_floating_point()]
+    with torch.no_grad():
+        return [output for output in run_graph(graph, example) if output.is_floating_point()]
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

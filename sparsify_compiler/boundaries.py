@@ -59,6 +59,18 @@ class Boundaries:
             self.values[number] = _host(self.run(index, number, watch, weights))
 
 
+def run_graph(graph: Graph, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+    """Run the whole graph on one batch, on its own device, and return its outputs.
+
+    `weights` (groups, out, in) by site name stand in for the graph's own. Gradients are recorded as the caller says.
+    """
+    values = graph.enter(batch)
+    for segment in graph.segments:
+        own = {name: weights[name] for name in segment.sites if name in weights} if weights else None
+        values = graph.run_segment(segment.index, values, weights=own)
+    return graph.outputs(values)
+
+
 def boundary_bytes(graph: Graph, batch: Batch) -> int:
     """Return the most bytes alive before or after the first segment; later boundaries of a deep network are alike."""
     first = Boundaries(graph, [batch])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, Padding, padding
-from sparsify_compiler.boundaries import Boundaries, boundary_bytes
+from sparsify_compiler.boundaries import Boundaries, boundary_bytes, run_graph
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import Graph, Site
@@ -120,9 +120,9 @@ class Walk:
             site, group = self._groups[name]
             parts.setdefault(site, {})[group] = weight
         lifted = {site: torch.stack([groups[group] for group in sorted(groups)]) for site, groups in parts.items()}
-        outputs = self._outputs(batch, lifted)
+        outputs = run_graph(self.graph, self.batches[batch], lifted)
         with torch.no_grad():
-            targets = self._outputs(batch, self._dense)
+            targets = run_graph(self.graph, self.batches[batch], self._dense)
         terms = [
             (new - target).square().mean()
             for new, target in zip(outputs, targets, strict=True)
@@ -258,12 +258,6 @@ class Walk:
             self.graph.set_weight(self._chosen[name][0], site.weight)
             self.tokens[name] = int(site.record["tokens"])
             self.finished[name] = FinishedSite(site.keep, site.record)
-
-    def _outputs(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        values = self.graph.enter(self.batches[batch])
-        for segment in self.graph.segments:
-            values = self.graph.run_segment(segment.index, values, weights=weights)
-        return self.graph.outputs(values)
 
 
 def _needs(rule: Rule) -> Needs:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsify_compiler.boundaries import run_graph
 from sparsify_compiler.graph import DifferentiableGraph, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import Distance
@@ -123,9 +124,5 @@ class _Best:
         total = 0.0
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                values = self.graph.enter(batch)
-                for segment in self.graph.segments:
-                    own = {name: weights[name] for name in segment.sites if name in weights}
-                    values = self.graph.run_segment(segment.index, values, weights=own)
-                total += float(self.heldout.objective(number)(self.graph.outputs(values)))
+                total += float(self.heldout.objective(number)(run_graph(self.graph, batch, weights)))
         return total / len(batches)
