@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsify_compiler.errors import ModelError, PatternError, RecipeError
+from sparsify_compiler.errors import DataError, ModelError, PatternError, RecipeError
 from sparsify_compiler.graph import Site
+from sparsify_compiler.problem import Needs
 from sparsify_compiler.recipe import Recipe, Rule, matches
+
+DATA_STEPS = ("allocate", "finetune", "reconstruct", "distill")
+"""The steps that read the calibration data whatever the method does."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,25 @@ def _decide(recipe: Recipe, site: Site) -> Decision:
             raise PatternError(f"layer {site.name!r}: {nothing}; choose smaller tiles or a higher sparsity")
         return Decision(site, None, nothing)
     return Decision(site, rule)
+
+
+def check_without_data(recipe: Recipe, decisions: Sequence[Decision]) -> None:
+    """Refuse a recipe that reads calibration data.
+
+    Raises:
+        DataError: a method, swaps, a step or rounds do; the message says which.
+    """
+    found = None
+    rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
+    if rules:
+        method = min(f"{rule.method.name!r}{' with swaps' if rule.swaps else ''}" for rule in rules)
+        found = f"method {method} needs calibration data and none was given; give data, or choose magnitude"
+    elif asked := [word for word in recipe.steps() if word in DATA_STEPS]:
+        found = f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out"
+    elif recipe.rounds > 1:
+        found = f"{recipe.rounds} rounds need calibration data and none was given; give data, or prune once"
+    if found is not None:
+        raise DataError(found)
 
 
 def _no_site(sites: Sequence[Site]) -> str:

@@ -1,4 +1,4 @@
-"""Find the channels of a traced torch model whose order is free, and put them in another."""
+"""Find the channels of a traced torch model whose order is free."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

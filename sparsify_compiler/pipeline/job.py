@@ -10,7 +10,7 @@ from itertools import chain
 from sparsify_compiler.batches import Batch, named_tensors
 from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.checkpoint import Checkpoint, digest
-from sparsify_compiler.errors import DataError, ModelError
+from sparsify_compiler.errors import ModelError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report import (
     FileReport,
@@ -43,16 +43,19 @@ from sparsify_compiler.pipeline.refine import (
     reconstruct_notes,
     reconstruct_reports,
 )
-from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph, heldout_loss, round_notes, round_reports
+from sparsify_compiler.pipeline.rounds import (
+    RoundData,
+    divide_batches,
+    forward_of_graph,
+    heldout_loss,
+    round_notes,
+    round_reports,
+)
 from sparsify_compiler.pipeline.workspace import Workspace
-from sparsify_compiler.plan import Decision, decide
-from sparsify_compiler.problem import Needs
+from sparsify_compiler.plan import Decision, check_without_data, decide
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe, format_recipe
 from sparsify_compiler.refinement import Refine
-
-DATA_STEPS = ("allocate", "finetune", "reconstruct", "distill")
-"""The steps that read the calibration data whatever the method does."""
 
 
 @dataclass
@@ -96,22 +99,17 @@ class Job:
         """Decide every site and prune the graph front to back, from a checkpoint where one is resumed.
 
         Raises:
-            DataError: a method needs data and none was given.
+            DataError: a method or a step needs data and none was given.
         """
         decisions = decide(self.recipe, graph.sites)
-        rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
-        if self.generated and rules:
-            needing = min(f"{rule.method.name!r}{' with swaps' if rule.swaps else ''}" for rule in rules)
-            raise DataError(
-                f"method {needing} needs calibration data and none was given; give data, or choose magnitude"
-            )
-        if self.generated and (asked := [word for word in self.recipe.steps() if word in DATA_STEPS]):
-            raise DataError(f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out")
-        data: Sequence[Batch] = () if self.generated else self.batches
+        if self.generated:
+            check_without_data(self.recipe, decisions)
+        divided = self._divide()
+        data: Sequence[Batch] = () if self.generated else divided.training if divided is not None else self.batches
         decisions = self._before_pruning(graph, data, decisions)
-        lesson = self._prepare_lesson(graph, decisions)
-        if self.recipe.rounds > 1:
-            outcomes, starved = self._prune_in_rounds(graph, decisions)
+        lesson = self._prepare_lesson(graph, decisions, divided)
+        if divided is not None and self.recipe.rounds > 1:
+            outcomes, starved = self._prune_in_rounds(graph, decisions, divided)
         else:
             checkpoint = self._checkpoint(graph, decisions, data)
             walk = Walk(graph, data, decisions, checkpoint, self.progress, refine=self._refine(graph))
@@ -132,6 +130,12 @@ class Job:
             )
         return decisions, outcomes
 
+    def _divide(self) -> RoundData | None:
+        """Keep batches aside to choose rounds and epochs by, where there are such: nothing before reads them."""
+        if self.recipe.rounds == 1 and self.recipe.distill is None:
+            return None
+        return divide_batches(self.batches, self.heldout, self.recipe.rounds, self.options.share_batches)
+
     def _before_pruning(
         self, graph: Graph, data: Sequence[Batch], decisions: tuple[Decision, ...]
     ) -> tuple[Decision, ...]:
@@ -149,12 +153,12 @@ class Job:
             self.notes.extend(allocation.notes)
         return decisions
 
-    def _prepare_lesson(self, graph: Graph, decisions: Sequence[Decision]) -> Lesson | None:
+    def _prepare_lesson(self, graph: Graph, decisions: Sequence[Decision], divided: RoundData | None) -> Lesson | None:
         """Remember what the dense model does, where [distill] will want it."""
-        if self.recipe.distill is None:
+        if self.recipe.distill is None or divided is None:
             return None
         with self.stage("distill"):
-            return prepare_lesson(graph, decisions, self.batches, self.heldout, self.progress)
+            return prepare_lesson(graph, decisions, divided, self.progress)
 
     def _refine(self, graph: Graph) -> Refine | None:
         """Return what [reconstruct] does to every segment that was pruned."""
@@ -176,17 +180,14 @@ class Job:
             with self.stage("distill"):
                 outcomes, done = learn(graph, decisions, outcomes, lesson, self.recipe.distill, self.progress)
             self.steps += distill_reports(done, lesson)
-            self.notes.extend(distill_notes(done, lesson))
+            self.notes.extend(distill_notes(done, lesson, self.heldout is not None))
         return outcomes
 
     def _prune_in_rounds(
-        self, graph: Graph, decisions: Sequence[Decision]
+        self, graph: Graph, decisions: Sequence[Decision], data: RoundData
     ) -> tuple[dict[str, SiteOutcome], Sequence[str]]:
         """Prune as often as the recipe says; return the best round's outcomes, and the sites that no token reached."""
         count = self.recipe.rounds
-        if self.generated:
-            raise DataError(f"{count} rounds need calibration data and none was given; give data, or prune once")
-        data = divide_batches(self.batches, self.heldout, count, self.options.share_batches)
         checkpoint = self._checkpoint(graph, decisions, self.batches, data.split)
         with self.stage("prune"):
             largest = max(data.sets, key=len)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparsify_compiler.batches import Batch, LazyBatches
 from sparsify_compiler.export.report import StepReport
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.frontends.onnx import OnnxGraph
@@ -14,8 +13,8 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.passes.refine.distill import Distilled, distill
 from sparsify_compiler.passes.refine.reselect import DiagonalReselect, site_mask
 from sparsify_compiler.passes.refine.teacher import Distance, Divergence, RelativeError, Teacher, sums_to_one
-from sparsify_compiler.pipeline.quality import Heldout, is_language_model
-from sparsify_compiler.pipeline.rounds import divide_batches, forward_of_graph
+from sparsify_compiler.pipeline.quality import is_language_model
+from sparsify_compiler.pipeline.rounds import RoundData, forward_of_graph
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.steps import Distill
@@ -23,15 +22,11 @@ from sparsify_compiler.steps import Distill
 
 @dataclass(frozen=True)
 class Lesson:
-    """What [distill] trains towards and what it is chosen by, remembered of the dense model; `data` names the latter.
-
-    `given`: that is the held-out data quality is measured on.
-    """
+    """What [distill] trains towards, and what its epochs are chosen by: `data` says in words what that is."""
 
     training: Distance
     heldout: Distance
     data: str
-    given: bool
 
 
 def differentiable(graph: Graph) -> DifferentiableGraph:
@@ -49,25 +44,23 @@ def differentiable(graph: Graph) -> DifferentiableGraph:
 def prepare_lesson(
     graph: Graph,
     decisions: Sequence[Decision],
-    batches: Sequence[Batch],
-    heldout: Heldout | None,
+    data: RoundData,
     progress: Progress,
 ) -> Lesson:
-    """Run the dense model (`graph` is not pruned yet) on the calibration batches, and on those to choose by.
+    """Run the dense model (`graph` is not pruned yet) on the batches to train on, and on those to choose by.
 
-    Without held-out data one calibration batch in eight is kept aside, as for rounds. The loss is the KL divergence
-    where the model is a causal language model, or a classifier that labels came with; else the relative error.
+    The loss is the KL divergence where the model is a causal language model, or a classifier that labels came with;
+    else the relative error.
 
     Raises:
         ModelError: the graph gives no gradients.
     """
-    data = divide_batches(LazyBatches(len(batches), batches.__getitem__), heldout, 1, share=True)
     graph = differentiable(graph)
     sites = [decision.site for decision in decisions if decision.rule is not None]
-    training, chosen_by = (Teacher(graph, part, sites, progress) for part in (data.sets[0], data.heldout.batches))
-    distribution = data.heldout.labels is not None or is_language_model(forward_of_graph(graph), batches[0])
+    training, chosen_by = (Teacher(graph, part, sites, progress) for part in (data.training, data.heldout.batches))
+    distribution = data.heldout.labels is not None or is_language_model(forward_of_graph(graph), data.training[0])
     one, other = (_distance(teacher, distribution) for teacher in (training, chosen_by))
-    return Lesson(one, other, data.heldout.description, heldout is not None)
+    return Lesson(one, other, data.heldout.description)
 
 
 def learn(
@@ -135,17 +128,19 @@ def distill_reports(done: Distilled, lesson: Lesson) -> tuple[StepReport, ...]:
     )
 
 
-def distill_notes(done: Distilled, lesson: Lesson) -> tuple[str, ...]:
-    """Say what a reader must know of the distillation."""
+def distill_notes(done: Distilled, lesson: Lesson, given: bool) -> tuple[str, ...]:
+    """Say what a reader must know of the distillation; `given`: the user's held-out data chose among its epochs."""
     held = lesson.training.teacher.size_bytes() + lesson.heldout.teacher.size_bytes()
     notes = [f"distill: {size(held)} more held what the dense model has before its last segment, batch by batch"]
-    if done.best and lesson.given:
+    if done.best:
+        notes.append("distill: weights of all sites moved; errors of sites are those before it")
+    if given:
         notes.append(
             f"distill: epoch {done.best} was chosen on the held-out data that quality is measured on, which flatters "
             "that figure a little; measure on other data to be sure"
         )
     if done.changed:
-        notes.append(f"distill: {done.changed:.3f} of the mask entries changed; errors of sites are those before it")
+        notes.append(f"distill: {done.changed:.3f} of the mask entries changed")
     return (*notes, *(f"distill: {note}" for note in done.notes))
 
 

@@ -1,4 +1,4 @@
-"""What rounds of pruning need of a job: the batches of each round, the held-out loss, and their rows of the report."""
+"""What choosing needs of a job: batches to prune on and others to choose by, the held-out loss; rounds' report rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, LazyBatches, RoundBatches
+from sparsify_compiler.boundaries import run_graph
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate import Forward, fidelity, perplexity, top_k_accuracy
 from sparsify_compiler.evaluate_pairs import pair_correlation
@@ -21,12 +22,14 @@ ASIDE = 8
 
 @dataclass(frozen=True)
 class RoundData:
-    """The batches of each round (one set for all of them, or one a round) and what rounds are compared on.
+    """The batches of each round (one set for all of them, or one a round) and what rounds and epochs are compared on.
 
-    `split` names the calibration batches of every set by number. `words` say how the data was divided.
+    `training` are the batches of all sets: whatever reads calibration data before a choice reads these alone. `split`
+    names the batches of every set by number. `words` say how the data was divided.
     """
 
     sets: tuple[Sequence[Batch], ...]
+    training: Sequence[Batch]
     heldout: Heldout
     split: tuple[tuple[int, ...], ...]
     words: str
@@ -35,14 +38,16 @@ class RoundData:
 def divide_batches(batches: Sequence[Batch], heldout: Heldout | None, rounds: int, share: bool) -> RoundData:
     """Give every round a part of the calibration batches, taken in turn, or all of them to each.
 
-    `RoundBatches` come divided. Without held-out data one batch in eight, at least one, is kept aside first; where
-    there is but one batch it is both. Batches are never cut, so fewer batches than rounds are shared by all rounds.
+    `RoundBatches` come divided, and are put together for one round. Without held-out data one batch in eight, at least
+    one, is kept aside first; where there is but one batch it is both. Batches are never cut, so fewer batches than
+    rounds are shared by all rounds.
 
     Raises:
         DataError: as many sets as rounds were not given.
     """
-    groups = batches.numbers() if isinstance(batches, RoundBatches) else [list(range(len(batches)))]
-    if isinstance(batches, RoundBatches) and len(groups) != rounds:
+    divided = isinstance(batches, RoundBatches) and rounds > 1
+    groups = batches.numbers() if isinstance(batches, RoundBatches) and divided else [list(range(len(batches)))]
+    if divided and len(groups) != rounds:
         raise DataError(f"calibration: {len(groups)} sets of batches were given for {rounds} rounds; give one a round")
     aside: list[int] = []
     if heldout is None:
@@ -63,7 +68,8 @@ def divide_batches(batches: Sequence[Batch], heldout: Heldout | None, rounds: in
     elif heldout is None:
         heldout = Heldout(batches, None, "the calibration batches themselves, too few to keep one aside")
     sets = tuple(_chosen(batches, group) for group in groups)
-    return RoundData(sets, heldout, tuple(tuple(group) for group in groups), words)
+    training = _chosen(batches, sorted(number for group in groups for number in group))
+    return RoundData(sets, training, heldout, tuple(tuple(group) for group in groups), words)
 
 
 def heldout_loss(
@@ -92,16 +98,8 @@ def heldout_loss(
 
 
 def forward_of_graph(graph: Graph, weights: Mapping[str, Tensor] | None = None) -> Forward:
-    """Return a function that runs the whole graph, `weights` (groups, out, in) by site name in place of its own."""
-
-    def forward(batch: Batch) -> tuple[Tensor, ...]:
-        values = graph.enter(batch)
-        for segment in graph.segments:
-            swapped = {name: weights[name] for name in segment.sites if name in weights} if weights else None
-            values = graph.run_segment(segment.index, values, weights=swapped)
-        return graph.outputs(values)
-
-    return forward
+    """Return `boundaries.run_graph` of one graph and its weights as a function of batches."""
+    return lambda batch: run_graph(graph, batch, weights)
 
 
 def round_reports(rounds: Rounds, data: RoundData, measure: str) -> tuple[RoundReport, ...]:

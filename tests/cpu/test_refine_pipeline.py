@@ -14,7 +14,7 @@ from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.report_text import report_text
 from sparsify_compiler.pipeline.quality import Heldout
-from sparsify_compiler.steps import Distill, Reconstruct
+from sparsify_compiler.steps import Allocate, Distill, Reconstruct
 from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
 
 OPTIONS = sc.Options(tokens=(1,))
@@ -75,6 +75,29 @@ def test_both_steps_are_taken_reported_and_the_module_has_the_tuned_weights() ->
     table = dataclasses.asdict(report)
     del table["steps"]
     assert report_from_json(json.dumps(table)) == dataclasses.replace(report, steps=())
+
+
+def test_no_step_before_distillation_reads_the_batches_that_epochs_are_chosen_by() -> None:
+    seen: dict[str, set[int]] = {}
+    phase = [""]
+
+    class Counted(list[Tensor]):
+        def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+            seen.setdefault(phase[0], set()).add(index)
+            return super().__getitem__(index)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        phase[0] = "" if done == total else stage.split()[0]
+
+    rule = sc.make_rule("*", sc.Unstructured(), sc.SparseGPT(), 0.5)
+    asked = sc.Recipe((rule,), allocate=Allocate(), reconstruct=Reconstruct(1), distill=Distill(1))
+    module, batches = seeded(Mlp, depth=2), Counted(mlp_batches(9))
+    _, report = sc.compile(module, batches, recipe=asked, options=OPTIONS, progress=progress)
+    training = {*range(7), 8}  # of nine, the eighth is kept aside
+    assert seen["allocate"] == seen["prune"] == training
+    assert seen.get("reconstruct", training) == training
+    assert report.steps[-1].data == "1 calibration batches kept aside"
+    assert any("errors of sites are those before it" in note for note in report.notes)
 
 
 def test_a_language_model_and_a_classifier_are_distilled_by_their_distributions() -> None:
