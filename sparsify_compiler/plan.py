@@ -90,7 +90,8 @@ def check_without_data(recipe: Recipe, decisions: Sequence[Decision]) -> None:
     rules = [d.rule for d in decisions if d.rule is not None and d.rule.needs is not Needs.NOTHING]
     if rules:
         method = min(f"{rule.method.name!r}{' with swaps' if rule.swaps else ''}" for rule in rules)
-        found = f"method {method} needs calibration data and none was given; give data, or choose magnitude"
+        choice = "choose magnitude without swaps" if any(rule.swaps for rule in rules) else "choose magnitude"
+        found = f"method {method} needs calibration data and none was given; give data, or {choice}"
     elif asked := [word for word in recipe.steps() if word in DATA_STEPS]:
         found = f"[{asked[0]}] needs calibration data and none was given; give data, or leave it out"
     elif recipe.rounds > 1:

@@ -254,5 +254,5 @@ def _typed(table: Mapping[str, Any], key: str, kind: type[Any], where: str, defa
     if value is None:
         raise RecipeError(f"{where}: {key} is missing")
     if not isinstance(value, kind):
-        raise RecipeError(f"{where}: {key} must be a {kind.__name__}, found {value!r}")
+        raise RecipeError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, found {value!r}")
     return value

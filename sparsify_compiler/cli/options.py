@@ -49,7 +49,8 @@ Data = Annotated[str, typer.Option(help=f"Data to measure on: {DATA}.", show_def
 
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe in TOML.", show_default=False)]
 Method = Annotated[
-    str | None, typer.Option(help="magnitude, wanda, sparsegpt, alps, obc or iobs.", show_default="sparsegpt")
+    str | None,
+    typer.Option(help="magnitude, wanda, sparsegpt, alps, obc, iobs or woodtaylor.", show_default="sparsegpt"),
 ]
 PatternText = Annotated[
     str | None,

@@ -79,7 +79,8 @@ def table_verb(
 ) -> None:
     """Prune MODEL by every method, pattern and draw, with and without the re-solve, and measure each on every set.
 
-    Where a draw would take all of the calibration data, those after the first take seven samples in eight.
+    MODEL must be a torch model, not an ONNX file. Where a draw would take all of the calibration data, those after
+    the first take seven samples in eight.
     """
     with guard(debug, lambda: RESUME if output is not None else ""):
         dense = tuple(keep_dense or ())

@@ -48,7 +48,7 @@ class DifferentiableOnnx:
             what = f"opset {self._opset}" if self._opset < OLDEST else f"the operators {', '.join(sorted(missing))}"
             raise ModelError(
                 f"this ONNX file uses {what}, through which no gradient can be taken here; compile the PyTorch model, "
-                "or leave out the steps that train"
+                "or leave out woodtaylor and the steps that train"
             )
         self._segment = -1
         self._held: dict[onnx_ir.Value, tuple[object, Tensor]] = {}

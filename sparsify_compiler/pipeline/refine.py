@@ -104,9 +104,9 @@ def reconstruct_notes(outcomes: Mapping[str, SiteOutcome]) -> tuple[str, ...]:
     """Say what a reader must know of the segments' tuning."""
     fits = {each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}
     kept = sum(fit["kept"] for fit in fits.values())
+    others = "" if kept == len(fits) else ", the others' error did not fall"
     return (
-        f"reconstruct: {kept} of {len(fits)} segments have tuned weights, the others' error did not fall; errors of "
-        "sites are those before it",
+        f"reconstruct: {kept} of {len(fits)} segments have tuned weights{others}; errors of sites are those before it",
         *(note for fit in fits.values() for note in fit["notes"]),
     )
 
