@@ -92,6 +92,10 @@ class Recipe:
             raise RecipeError(f"the recipe: rounds is {self.rounds}, the number of times to prune: at least 1")
         if not self.rules:
             raise RecipeError("the recipe has no rule; add a [[rule]] with sites, pattern and method")
+        for word, kind in STEPS.items():
+            step = getattr(self, word)
+            if step is not None and not isinstance(step, kind):
+                raise RecipeError(f"the recipe: {word} must be an object, such as {kind.__name__}(); found {step!r}")
         if self.finetune is not None and self.rounds < 2:
             raise RecipeError("the recipe: finetune stands between rounds, and there is one; add rounds = 3, say")
 

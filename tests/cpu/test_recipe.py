@@ -81,6 +81,12 @@ def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
     assert parse_recipe(RULE, METHODS).steps() == {}
 
 
+@pytest.mark.parametrize("wrong", [True, Distill, {"epochs": 1}, Reconstruct()])
+def test_a_step_that_is_no_object_of_its_kind_is_refused(wrong: object) -> None:
+    with pytest.raises(RecipeError, match=r"distill must be an object, such as Distill\(\); found "):
+        Recipe((make_rule("*", NM(2, 4), Magnitude()),), distill=wrong)  # type: ignore[arg-type]
+
+
 RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
 
 
