@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import DataError, SingularGramError
+from sparsify_compiler.problem import Gram
 
 LARGEST_DAMP = 1.0
 """The damping past which a curvature is given up: the ridge then equals its mean diagonal."""
@@ -284,3 +285,15 @@ class ProductCurvature:
                 f"conjugate gradients did not reach {self.tolerance:g} in {self.most_iterations} products; raise damp"
             )
         return result
+
+
+def damped_curvature(gram: Gram, damp: float, where: str) -> DenseCurvature:
+    """Return M + λI, λ = `damp` · mean diagonal of M (raised tenfold and noted where indefinite), once for a shared M.
+
+    Raises:
+        SingularGramError: indefinite at every damping up to 1; the message begins with `where`.
+    """
+    try:
+        return gram.cached(f"curvature at damp {damp!r}", lambda: DenseCurvature.of(gram.matrix).damped(damp))
+    except SingularGramError as error:
+        raise SingularGramError(f"{where}: {error}") from None

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparsify_compiler.errors import DataError, SingularGramError
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.passes.prune.alps import ALPS
-from sparsify_compiler.passes.prune.curvature import DenseCurvature
+from sparsify_compiler.passes.prune.curvature import damped_curvature
 from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
-from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
+from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Pruner
 
 SOLVERS: dict[str, Callable[[float], Pruner]] = {
     "sparsegpt": lambda damp: SparseGPT(damp=damp),
@@ -81,7 +81,7 @@ class IOBS:
             )
         if layer.start is None:
             return solver.prune(layer)
-        curvature = self._curvature(layer.name, layer.gram)
+        curvature = damped_curvature(layer.gram, self.damp, f"layer {layer.name!r}: iobs")
         start = layer.start.to(curvature.matrix)
         target = start - self.step * curvature.solve(_gradient(layer, layer.gram.matrix, start))
         solution = solver.prune(replace(layer, weight=target.float(), targets=None, start=None, objective=None))
@@ -94,14 +94,6 @@ class IOBS:
             stats={**solution.stats, "moved": moved},
             notes=tuple(dict.fromkeys((*curvature.notes, *solution.notes))),
         )
-
-    def _curvature(self, name: str, gram: Gram) -> DenseCurvature:
-        try:
-            return gram.cached(
-                f"curvature at damp {self.damp!r}", lambda: DenseCurvature.of(gram.matrix).damped(self.damp)
-            )
-        except SingularGramError as error:
-            raise SingularGramError(f"layer {name!r}: iobs: {error}") from None
 
 
 def _gradient(layer: LayerProblem, gram: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """What the sparse recovery experiment measured: curves with quartiles, JSON, a plot, and the published figures."""
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.figures import saved_figure
 
 Prior = Literal["gaussian", "mnist"]
 Scale = Literal["correct", "paper"]
@@ -149,32 +149,26 @@ def plot_recovery(result: RecoveryResult, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise DataError(f"cannot plot to {path.name}: choose a .png or .svg file")
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError:
-        raise DataError(
-            f"cannot plot {path.name}: matplotlib is not installed; pip install 'sparsify-compiler[plot]'"
-        ) from None
-    # A Figure of its own, not pyplot: pyplot keeps global state and may look for a display.
-    figure = figure_module.Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, label in ((left, "loss"), (right, "distance to θ*")):
-        for curve in result.curves:
-            values = curve.loss if axes is left else curve.distance
-            steps = range(len(values.mean))
-            (line,) = axes.plot(steps, _positive(values.mean), label=curve.method)
-            axes.fill_between(
-                steps, _positive(values.lower), _positive(values.upper), color=line.get_color(), alpha=0.25, linewidth=0
-            )
-        axes.set_yscale("log")
-        axes.set_xlabel("steps")
-        axes.set_ylabel(label)
-    left.legend()
-    figure.suptitle(f"Sparse recovery, {result.prior} prior, {result.scale} scale, {result.runs} runs")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise DataError(f"cannot write the plot {path}: {error.strerror}; choose another place") from None
+    with saved_figure(path, (9, 3.6)) as figure:
+        left, right = figure.subplots(1, 2)
+        for axes, label in ((left, "loss"), (right, "distance to θ*")):
+            for curve in result.curves:
+                values = curve.loss if axes is left else curve.distance
+                steps = range(len(values.mean))
+                (line,) = axes.plot(steps, _positive(values.mean), label=curve.method)
+                axes.fill_between(
+                    steps,
+                    _positive(values.lower),
+                    _positive(values.upper),
+                    color=line.get_color(),
+                    alpha=0.25,
+                    linewidth=0,
+                )
+            axes.set_yscale("log")
+            axes.set_xlabel("steps")
+            axes.set_ylabel(label)
+        left.legend()
+        figure.suptitle(f"Sparse recovery, {result.prior} prior, {result.scale} scale, {result.runs} runs")
 
 
 def _positive(values: Sequence[float]) -> list[float]:

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import DataError, SingularGramError
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.passes.prune.algebra import checked_gram
-from sparsify_compiler.passes.prune.curvature import DenseCurvature
+from sparsify_compiler.passes.prune.curvature import DenseCurvature, damped_curvature
 from sparsify_compiler.passes.prune.iobs_layer import SOLVERS
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs
 
@@ -96,11 +96,10 @@ class WoodTaylor:
             return replace(solution, notes=(*solution.notes, note))
         matrix = (layer.expansion.inputs if self.curvature == "fisher" else None) or gram
         scale, dead = _output_factor(layer.expansion.output_curvature, self.damp)
-        curvature = self._curvature(layer.name, matrix)
+        curvature = damped_curvature(matrix, self.damp, f"layer {layer.name!r}: woodtaylor")
         start = (layer.weight if layer.start is None else layer.start).to(matrix.matrix)
         newton = curvature.solve(layer.expansion.gradient) / scale[:, None]
-        noise = float(curvature.solve(matrix.matrix).trace()) / layer.expansion.terms
-        trusted = _signal(layer.expansion.gradient, newton, noise)
+        trusted = _signal(layer.expansion.gradient, newton, _freedom(matrix, curvature) / layer.expansion.terms)
         target = start - self.step / layer.expansion.sites * trusted * newton
         share = (scale / scale.mean()).sqrt()[:, None]
         solution = solver.prune(_inner(layer, matrix, target * share))
@@ -111,14 +110,6 @@ class WoodTaylor:
         stats = {**solution.stats, "moved": moved, "trusted": trusted}
         return LayerSolution(weight, solution.keep, loss, loss, stats, tuple(notes))
 
-    def _curvature(self, name: str, gram: Gram) -> DenseCurvature:
-        try:
-            return gram.cached(
-                f"curvature at damp {self.damp!r}", lambda: DenseCurvature.of(gram.matrix).damped(self.damp)
-            )
-        except SingularGramError as error:
-            raise SingularGramError(f"layer {name!r}: woodtaylor: {error}") from None
-
 
 def _output_factor(output_curvature: Tensor, damp: float) -> tuple[Tensor, tuple[str, ...]]:
     """Return h + damp · mean h (out,), ones where no row has any, and a note then."""
@@ -126,6 +117,12 @@ def _output_factor(output_curvature: Tensor, damp: float) -> tuple[Tensor, tuple
     if not float(mean) > 0:
         return torch.ones_like(output_curvature), ("woodtaylor: no gradient of the model's loss reaches this layer",)
     return output_curvature + damp * mean, ()
+
+
+def _freedom(gram: Gram, curvature: DenseCurvature) -> float:
+    """Return tr M (M + λI)⁻¹, the directions of a row that the damping leaves free; computed once for a shared M."""
+    key = f"degrees of freedom at ridge {float(curvature.ridge)!r}"
+    return gram.cached(key, lambda: float(curvature.solve(gram.matrix).trace()))
 
 
 def _signal(gradient: Tensor, newton: Tensor, noise: float) -> float:

@@ -1,6 +1,5 @@
 """Time whole models against each other: same run, interleaved, medians, the spread shown."""
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.figures import saved_figure
 from sparsify_compiler.runtime.tuning.timing import Words, compare_pairs, spread
 
 Clock = Callable[[], float]
@@ -101,29 +101,18 @@ def plot(rows: Sequence[BenchRow], path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".png", ".svg") or not rows:
         raise DataError(f"cannot plot {len(rows)} rows to {path.name}: needs at least one row and a .png or .svg file")
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError:
-        raise DataError(
-            f"cannot plot {path.name}: matplotlib is not installed; pip install 'sparsify-compiler[plot]'"
-        ) from None
-    # A Figure of its own, not pyplot: pyplot keeps global state and may look for a display.
-    figure = figure_module.Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    middle = [row.median_ms for row in rows]
-    # the spread is symmetric by definition, a time is not: no whisker reaches below 0
-    whiskers = [row.median_ms * row.spread / 2 for row in rows]
-    below = [min(whisker, row.median_ms) for whisker, row in zip(whiskers, rows, strict=True)]
-    names = [f"{row.label}\n{row.case}" if row.case else row.label for row in rows]
-    bars = axes.barh(names, middle, xerr=(below, whiskers), color="#4c78a8", ecolor="#333333", capsize=3)
-    axes.bar_label(bars, [_caption(row) for row in rows], padding=6, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.9 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
-    axes.set_xlabel(f"ms a call: median of {rows[0].repeats}, whiskers: interquartile range")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise DataError(f"cannot write the plot {path}: {error.strerror}; choose another place") from None
+    with saved_figure(path, (7, 1.2 + 0.5 * len(rows))) as figure:
+        axes = figure.add_subplot()
+        middle = [row.median_ms for row in rows]
+        # the spread is symmetric by definition, a time is not: no whisker reaches below 0
+        whiskers = [row.median_ms * row.spread / 2 for row in rows]
+        below = [min(whisker, row.median_ms) for whisker, row in zip(whiskers, rows, strict=True)]
+        names = [f"{row.label}\n{row.case}" if row.case else row.label for row in rows]
+        bars = axes.barh(names, middle, xerr=(below, whiskers), color="#4c78a8", ecolor="#333333", capsize=3)
+        axes.bar_label(bars, [_caption(row) for row in rows], padding=6, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.9 * max(m + w for m, w in zip(middle, whiskers, strict=True)))
+        axes.set_xlabel(f"ms a call: median of {rows[0].repeats}, whiskers: interquartile range")
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -187,11 +187,11 @@ class Job:
         self, graph: Graph, decisions: Sequence[Decision], data: RoundData
     ) -> tuple[dict[str, SiteOutcome], Sequence[str]]:
         """Prune as often as the recipe says; return the best round's outcomes, and the sites that no token reached."""
-        count = self.recipe.rounds
+        count, refine = self.recipe.rounds, self._refine(graph)
         checkpoint = self._checkpoint(graph, decisions, self.batches, data.split)
         with self.stage("prune"):
             largest = max(data.sets, key=len)
-            self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=self._refine(graph)))
+            self._say_memory(Walk(graph, largest, decisions, dense_targets=True, refine=refine))
             name, measure_round = heldout_loss(graph, data.heldout, self.progress, lambda: self._after_round(graph))
             loss = self._own_loss(graph, decisions)
             rounds = prune_in_rounds(
@@ -202,7 +202,7 @@ class Job:
                 measure_round,
                 checkpoint,
                 self.progress,
-                refine=self._refine(graph),
+                refine=refine,
                 expand=loss.expand,
                 tune=loss.tune,
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sparsify_compiler.export.report import StepReport
 from sparsify_compiler.export.report_rows import size
@@ -93,22 +94,26 @@ def learn(
 
 def reconstruct_reports(outcomes: Mapping[str, SiteOutcome]) -> tuple[StepReport, ...]:
     """Return one row a segment that was reconstructed."""
-    fits = {each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}
     return tuple(
-        StepReport("reconstruct", name, "relative error", fit["before"], fit["after"], None, fit["kept"])
-        for name, fit in fits.items()
+        StepReport("reconstruct", fit["name"], "relative error", fit["before"], fit["after"], None, fit["kept"])
+        for fit in _fits(outcomes)
     )
 
 
 def reconstruct_notes(outcomes: Mapping[str, SiteOutcome]) -> tuple[str, ...]:
     """Say what a reader must know of the segments' tuning."""
-    fits = {each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}
-    kept = sum(fit["kept"] for fit in fits.values())
+    fits = _fits(outcomes)
+    kept = sum(fit["kept"] for fit in fits)
     others = "" if kept == len(fits) else ", the others' error did not fall"
     return (
         f"reconstruct: {kept} of {len(fits)} segments have tuned weights{others}; errors of sites are those before it",
-        *(note for fit in fits.values() for note in fit["notes"]),
+        *(note for fit in fits for note in fit["notes"]),
     )
+
+
+def _fits(outcomes: Mapping[str, SiteOutcome]) -> list[Mapping[str, Any]]:
+    """Return what tuning did to each segment, once for all of its sites."""
+    return list({each.refined["name"]: each.refined for each in outcomes.values() if each.refined is not None}.values())
 
 
 def distill_reports(done: Distilled, lesson: Lesson) -> tuple[StepReport, ...]:

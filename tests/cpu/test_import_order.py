@@ -17,6 +17,7 @@ ORDER = (
     ("errors",),
     ("pattern",),
     ("progress",),
+    ("figures",),
     ("problem", "kernel"),
     ("steps",),
     ("recipe",),
