@@ -41,6 +41,8 @@ def device_name(device: torch.device) -> str:
 
 def command(function: str = "compile") -> str:
     """Return the command line that runs, or the function's name where a program of the user's own does."""
-    if sys.argv and Path(sys.argv[0]).name == "sparsify-compiler":
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    as_module = program.parts[-2:] == ("sparsify_compiler", "__main__.py")
+    if program.name == "sparsify-compiler" or as_module:
         return shlex.join(["sparsify-compiler", *sys.argv[1:]])
     return f"sparsify_compiler.{function}(...)"

@@ -37,9 +37,11 @@ from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
 from sparsify_compiler.graph import Site
 from sparsify_compiler.pattern import NM, Unstructured
+from sparsify_compiler.pipeline.environment import command
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import format_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [verb[0] for verb in VERBS]
 REPORT = Report(
     model="tiny",
@@ -320,6 +322,21 @@ def test_the_process_leaves_with_the_status_of_the_verb(tmp_path: Path) -> None:
     assert "absent.onnx" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_python_m_is_the_command_with_its_status_and_its_name_in_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["inspect", str(tmp_path / "absent.onnx")]
+    words = [sys.executable, "-m", "sparsify_compiler", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: model '{tmp_path}/absent.onnx': no such")
+    for program in ("bin/sparsify-compiler", str(ROOT / "sparsify_compiler" / "__main__.py")):
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        assert command() == f"sparsify-compiler inspect {tmp_path}/absent.onnx"
+    monkeypatch.setattr(sys, "argv", ["their_package/__main__.py"])
+    assert command("inspect") == "sparsify_compiler.inspect(...)"
 
 
 def test_run_reads_and_writes_named_arrays(tmp_path: Path) -> None:

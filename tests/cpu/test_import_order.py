@@ -41,6 +41,7 @@ ORDER = (
     ("api_bench", "api_table"),
     (FACADE,),
     ("cli",),
+    ("__main__",),
 )
 
 
