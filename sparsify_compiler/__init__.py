@@ -30,8 +30,7 @@ from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.pattern import NM, Block, Unstructured, parse_pattern
 from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, parse_recipe
 from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct
-
-__version__ = "0.3.0"
+from sparsify_compiler.version import __version__
 
 __all__ = [
     "ALPS",
@@ -61,6 +60,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "WoodTaylor",
+    "__version__",
     "bench",
     "bench_decoder",
     "bench_layers",

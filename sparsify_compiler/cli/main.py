@@ -1,7 +1,6 @@
 """The command line `sparsify-compiler`: its verbs, and what happens when one fails."""
 
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from sparsify_compiler.cli.kernels import kernels_verb
 from sparsify_compiler.cli.measure import evaluate_verb, inspect_verb, run_verb
 from sparsify_compiler.cli.reproduce_recovery import recovery_verb
 from sparsify_compiler.cli.reproduce_table import table_verb
+from sparsify_compiler.version import __version__
 
 VERBS = (
     (
@@ -99,5 +99,5 @@ def _program(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"sparsify-compiler {version('sparsify-compiler')}")
+        typer.echo(f"sparsify-compiler {__version__}")
         raise typer.Exit

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from sparsify_compiler.runtime.machine import versions
+from sparsify_compiler.version import __version__
 
 LIBRARIES = (
-    "sparsify-compiler",
     "torch",
     "transformers",
     "numpy",
@@ -26,7 +26,9 @@ LIBRARIES = (
 
 def environment(device: torch.device) -> dict[str, str]:
     """Name the machine and the library versions a figure depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), **versions(LIBRARIES)}
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    found["sparsify-compiler"] = __version__  # not the metadata's: an editable install leaves those as they were
+    found |= versions(LIBRARIES)
     found["device"] = device_name(device)
     found["threads"] = str(torch.get_num_threads())
     return found

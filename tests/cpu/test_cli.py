@@ -5,16 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+import sparsify_compiler as sc
 from sparsify_compiler.api import Inspection, SiteInspection
 from sparsify_compiler.cli import compile as cli_compile
 from sparsify_compiler.cli import guard as cli_guard
@@ -37,7 +40,7 @@ from sparsify_compiler.export.onnx_model import WrittenOnnx
 from sparsify_compiler.export.report import FileReport, Quality, Report, SiteReport, Verification
 from sparsify_compiler.graph import Site
 from sparsify_compiler.pattern import NM, Unstructured
-from sparsify_compiler.pipeline.environment import command
+from sparsify_compiler.pipeline.environment import command, environment
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import format_recipe
 
@@ -96,8 +99,15 @@ def test_the_examples_in_the_help_can_be_parsed(verb: tuple[str, ...], monkeypat
 
 def test_the_version_is_printed() -> None:
     status, said, _ = invoke("--version")
-    assert (status, said.split()[0]) == (0, "sparsify-compiler")
-    assert said.split()[1][0].isdigit()
+    assert (status, said) == (0, f"sparsify-compiler {sc.__version__}\n")
+
+
+def test_the_version_is_that_of_the_source_where_the_metadata_are_of_an_older_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.1")  # an editable install that was not made anew
+    assert invoke("--version")[1] == f"sparsify-compiler {sc.__version__}\n"
+    assert environment(torch.device("cpu"))["sparsify-compiler"] == sc.__version__ != "0.0.1"
 
 
 def test_compile_prunes_to_2_4_with_sparsegpt_unless_told_otherwise(

@@ -14,6 +14,7 @@ FACADE = ""  # the package's own __init__, which re-exports the api
 # Upstream first. Two names on one line may not import each other. A folder, and files that share a first word with a
 # name here (cli, cli_progress), count as one: inside it imports are free.
 ORDER = (
+    ("version",),
     ("errors",),
     ("pattern",),
     ("progress",),

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from size import source_files
 
+from sparsify_compiler.version import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = {"sparsify_compiler/passes": "../passes", "sparsify_compiler/runtime": "../runtime"}
 OPTIONAL = (
@@ -153,6 +155,14 @@ def test_the_source_archive_holds_every_file_and_gives_the_same_wheel(sdist: Pat
     assert (source / "LICENSE").is_file()
     rebuilt = build("wheel", source, tmp_path / "wheel")
     assert wheel_names(rebuilt) == wheel_names(wheel)
+
+
+def test_the_wheel_says_the_version_of_the_source(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode("utf-8").splitlines()
+    assert f"Version: {__version__}" in lines
+    assert wheel.name.startswith(f"sparsify_compiler-{__version__}-")
 
 
 def test_the_wheel_imports_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
