@@ -46,7 +46,7 @@ def compile_verb(
     preprocess: opt.Preprocess = None,
     seed: opt.Seed = 0,
     resume: opt.Resume = False,
-    overwrite: opt.Overwrite = False,
+    overwrite: opt.OverwriteRun = False,
     require_sparse: opt.RequireSparse = False,
     onnx_flavour: opt.FlavourOption = "packed",
     kv_cache: opt.KvCache = False,
@@ -58,7 +58,7 @@ def compile_verb(
 ) -> None:
     """Prune MODEL, check it, and write OUT/: model.onnx, model.safetensors, report.html and report.json."""
     with guard(debug, lambda: _resumable(output)):
-        Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
+        Workspace(output, overwrite, resume)  # refuses what would be lost before any work is done
         dense, steps = tuple(keep_dense or ()), tuple(step or ())
         wanted = RecipeChoice(recipe, method, pattern, sparsity, dense, not no_refit, rounds, swaps, steps)
         options = Options(
@@ -89,13 +89,13 @@ def demo_verb(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to use.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
     resume: opt.Resume = False,
-    overwrite: opt.Overwrite = False,
+    overwrite: opt.OverwriteRun = False,
     debug: opt.Debug = False,
 ) -> None:
     """Prune SmolLM2-135M to 2:4 with SparseGPT on text that comes along, export it, check it, show the report."""
     with guard(debug, lambda: _resumable(output)):
         request = demo_request(output, windows, sequence_length, resume, overwrite)
-        Workspace(output, overwrite, resume)  # refuses an output that is taken before any work is done
+        Workspace(output, overwrite, resume)  # refuses what would be lost before any work is done
         with draw_progress(Console(stderr=True)) as progress:
             report = compile_model(request, progress)
         _show(report, output)

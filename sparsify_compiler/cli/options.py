@@ -112,6 +112,13 @@ Seed = Annotated[int, typer.Option(help="Decides which windows are drawn and all
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output.")]
+OverwriteRun = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what stands in the output; without --resume also drop what a stopped run had finished.",
+    ),
+]
 RequireSparse = Annotated[bool, typer.Option("--require-sparse", help="Fail if a pruned site stays on a dense kernel.")]
 FlavourOption = Annotated[
     Flavour,

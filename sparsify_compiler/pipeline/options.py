@@ -19,6 +19,8 @@ class Options:
     `output` is the folder to write, None for nothing on disk. `dtype` is the compiled model's (pruning itself runs on
     the model as given). `device` is "auto", "cpu", "cuda" or "cuda:N": where calibration runs and kernels are
     measured. `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs.
+    `resume` goes on with the finished segments that a stopped run left beside `output`; without it they are refused,
+    and with `overwrite` dropped. `overwrite` also replaces what stands in `output`.
     `require_sparse` turns every pruned site that stays on a dense kernel into an error. `cache` is the folder that
     keeps what was measured for later runs on the same machine and versions (None: measure everything anew).
     `share_batches` gives every round of a recipe with several all calibration batches, not a part of its own each.

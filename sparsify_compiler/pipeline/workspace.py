@@ -14,7 +14,8 @@ class Workspace:
         """Prepare to write `output`. Nothing is written yet.
 
         Raises:
-            ExportError: `output` exists and neither `overwrite` nor `resume` was asked, or is no folder of ours.
+            ExportError: `output` exists and `overwrite` was not asked, or is no folder of ours; or a stopped run left
+                finished work there, and neither `resume` nor `overwrite` says what is to become of it.
         """
         self.output = output
         whole = Path(os.path.abspath(output))  # "." has no name of its own
@@ -27,11 +28,16 @@ class Workspace:
             raise ExportError(f"{output} is a file; give a folder to write")
         if output.exists() and any(output.iterdir()) and not (output / "report.json").exists():
             raise ExportError(f"{output} holds files that compile did not write; choose another folder")
+        if self.has_segments() and not (resume or overwrite):
+            raise ExportError(
+                f"{self.root} holds the finished segments of a run that was stopped; go on with it with --resume, or "
+                "drop them with --overwrite"
+            )
         self._kept = resume
 
     def has_segments(self) -> bool:
-        """Say whether finished segments lie there for `--resume`."""
-        return any(self.segments.glob("segment-*.safetensors"))
+        """Say whether finished segments, or a step between them, lie there for `--resume`."""
+        return any(self.segments.glob("*.safetensors"))
 
     def start(self) -> None:
         """Create the partial folder, emptied unless a run is resumed. Raises ExportError."""

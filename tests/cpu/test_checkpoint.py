@@ -114,6 +114,23 @@ def test_an_abandoned_run_keeps_finished_segments_and_nothing_else(tmp_path: Pat
     assert not work.files.exists()
 
 
+def test_finished_work_is_refused_kept_or_dropped_as_asked(tmp_path: Path) -> None:
+    work = Workspace(tmp_path / "out")
+    work.start()
+    Checkpoint(work.segments, "run", resume=False).write(0, {"a": site()})
+    assert work.abandon() is True
+    with pytest.raises(ExportError, match=r"out\.partial holds the finished segments .* --resume, or .* --overwrite"):
+        Workspace(tmp_path / "out")
+    for overwrite in (False, True):
+        resumed = Workspace(tmp_path / "out", overwrite, resume=True)
+        resumed.start()
+        assert resumed.has_segments()
+    dropped = Workspace(tmp_path / "out", overwrite=True)
+    assert dropped.has_segments()  # nothing is dropped before the run starts
+    dropped.start()
+    assert not dropped.has_segments()
+
+
 @pytest.mark.parametrize("damage", ["cut", "lost", "manifest"])
 def test_what_a_broken_disk_leaves_is_named(tmp_path: Path, damage: str) -> None:
     Checkpoint(tmp_path, "run", resume=False).write(0, {"a": site()})

@@ -261,11 +261,35 @@ def test_an_interruption_offers_to_resume_only_where_a_segment_was_finished(
 ) -> None:
     monkeypatch.setattr(cli_compile, "compile_model", fail(KeyboardInterrupt()))
     assert "--resume" not in invoke("compile", "m", "-o", str(tmp_path / "out"))[2]
-    (tmp_path / "out.partial" / "segments").mkdir(parents=True)
-    (tmp_path / "out.partial" / "segments" / "segment-0000.safetensors").touch()
+
+    def stopped(request: CompileRequest, progress: Progress) -> Report:
+        (tmp_path / "out.partial" / "segments").mkdir(parents=True)
+        (tmp_path / "out.partial" / "segments" / "segment-0000.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_compile, "compile_model", stopped)
     status, _, complaint = invoke("compile", "m", "-o", str(tmp_path / "out"))
     assert status == 130
     assert "--resume to go on" in complaint
+
+
+@pytest.mark.parametrize("verb", [("compile", "m"), ("demo",)])
+def test_what_a_stopped_run_finished_is_neither_dropped_nor_taken_unasked(
+    verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = asked(monkeypatch)
+    monkeypatch.setattr(cli_jobs, "demo_model_path", lambda: tmp_path / "smollm2.gguf")
+    segment = tmp_path / "out.partial" / "segments" / "segment-0000.safetensors"
+    segment.parent.mkdir(parents=True)
+    segment.touch()
+    arguments = (*verb, "-o", str(tmp_path / "out"))
+    status, _, complaint = invoke(*arguments)
+    assert (status, requests, segment.exists()) == (2, [], True)
+    assert "out.partial holds the finished segments of a run that was stopped" in complaint
+    assert "--resume" in complaint
+    assert "--overwrite" in complaint
+    assert invoke(*arguments, "--resume")[0] == invoke(*arguments, "--overwrite")[0] == 0
+    assert [(r.options.resume, r.options.overwrite) for r in requests] == [(True, False), (False, True)]
 
 
 def test_text_given_to_run_is_called_no_npz_without_advice_from_numpy(tmp_path: Path) -> None:

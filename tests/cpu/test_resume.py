@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparsify_compiler as sc
-from sparsify_compiler.errors import DataError
+from sparsify_compiler.errors import DataError, ExportError
 from tests.models.small import Mlp, mlp_batches, seeded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,8 @@ def test_a_model_that_differs_only_outside_its_sites_is_not_resumed(tmp_path: Pa
     options = sc.Options(output=tmp_path / "out", onnx=False, tokens=(1,))
     with pytest.raises(Killed):
         sc.compile(module, mlp_batches(), recipe=recipe, options=options, progress=kill)
+    with pytest.raises(ExportError, match="finished segments of a run that was stopped"):
+        sc.compile(module, mlp_batches(), recipe=recipe, options=options)
     with torch.no_grad():
         module.get_submodule("blocks.0.norm").bias += 1.0  # type: ignore[operator]
     with pytest.raises(DataError, match="another model, data, recipe"):
