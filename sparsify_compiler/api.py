@@ -36,7 +36,7 @@ from sparsify_compiler.pipeline.inspection import Inspection, SiteInspection, in
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.loading import put_kernels
 from sparsify_compiler.pipeline.onnx import compile_onnx
-from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.options import Options, check_share
 from sparsify_compiler.pipeline.quality import Heldout, measure
 from sparsify_compiler.pipeline.torch import compile_torch
 from sparsify_compiler.pipeline.workspace import Workspace
@@ -76,6 +76,7 @@ def compile(
             finished segments stay beside it for `Options(resume=True)`.
     """
     options = options or Options()
+    check_share(options.share_batches, (recipe,))
     source = open_source(model, trust)
     workspace = Workspace(options.output, options.overwrite, options.resume) if options.output is not None else None
     given = _given(batches, source)

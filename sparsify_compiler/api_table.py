@@ -12,7 +12,7 @@ from sparsify_compiler.export.method_table_html import method_table_html
 from sparsify_compiler.pipeline.method_table import Draw, Subject, run_method_table
 from sparsify_compiler.pipeline.method_table_log import RowLog
 from sparsify_compiler.pipeline.method_trials import Trial, method_trials, recipe_trial
-from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.options import Options, check_share
 from sparsify_compiler.pipeline.quality import Heldout
 from sparsify_compiler.progress import Progress, silent
 
@@ -42,6 +42,7 @@ def method_table(
     Raises:
         SparsifyError: anything the user can act on. Finished rows stay for `resume`.
     """
+    check_share(share_batches, (trial.recipe for trial in trials))
     log = RowLog(output, resume)
     source = open_source(model, trust)
     found = source.program if source.program is not None else source.module

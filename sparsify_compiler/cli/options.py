@@ -69,7 +69,11 @@ Rounds = Annotated[
     typer.Option(min=1, help="Prune so many times and keep the best round on held-out data.", show_default="1"),
 ]
 ShareBatches = Annotated[
-    bool, typer.Option("--share-batches", help="Give every round all calibration batches, not a part of its own.")
+    bool,
+    typer.Option(
+        "--share-batches",
+        help="Give every round all calibration batches, not a part of its own; with --rounds or a recipe's.",
+    ),
 ]
 NoRefit = Annotated[bool, typer.Option("--no-refit", help="Do not re-solve the kept weights on the final mask.")]
 Swaps = Annotated[

@@ -10,7 +10,7 @@ from sparsify_compiler.api import METHODS
 from sparsify_compiler.api_table import Trial
 from sparsify_compiler.errors import ExportError, RecipeError
 from sparsify_compiler.pattern import parse_pattern
-from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.options import Options, check_share
 from sparsify_compiler.recipe import STEPS, Recipe, make_rule, parse_recipe
 
 
@@ -36,6 +36,9 @@ class CompileRequest:
     heldout: str | None = None
     choice: DataChoice = DataChoice()
     trust: bool = False
+
+    def __post_init__(self) -> None:
+        check_share(self.options.share_batches, (self.recipe,))
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class TableRequest:
     share_batches: bool = False
     device: str = "auto"
     trust: bool = False
+
+    def __post_init__(self) -> None:
+        check_share(self.share_batches, (trial.recipe for trial in self.trials))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """What a user may choose about a compile run, beside the recipe."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sparsify_compiler.errors import DataError
+from sparsify_compiler.errors import DataError, RecipeError
+from sparsify_compiler.recipe import Recipe
 from sparsify_compiler.runtime.tuning.cache import default_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,3 +66,13 @@ class Options:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DataError(f"device {self.device!r}: torch finds no CUDA device here; use --device cpu")
         return device
+
+
+def check_share(share_batches: bool, recipes: Iterable[Recipe]) -> None:
+    """Refuse `share_batches` where no recipe of the run has rounds that could share. Raises RecipeError."""
+    if share_batches and all(recipe.rounds == 1 for recipe in recipes):
+        raise RecipeError(
+            "--share-batches gives every round all calibration batches, and nothing is pruned in more than one round; "
+            "ask for more (--rounds 3, rounds = 3 in a recipe; in a method table only iobs and recipes have them), or "
+            "leave it out"
+        )

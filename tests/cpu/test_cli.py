@@ -186,6 +186,11 @@ def test_a_recipe_file_is_read_and_keep_dense_adds_to_it(monkeypatch: pytest.Mon
         (["--recipe", "r.toml", "--swaps", "0"], "--recipe and --swaps were both given"),
         (["--recipe", "r.toml", "--step", "distill"], "--recipe and --step were both given"),
         (["--step", "polish"], "--step 'polish': unknown; choose one of allocate, permute, finetune"),
+        (
+            ["--share-batches"],
+            "--share-batches gives every round all calibration batches, and nothing is pruned in more",
+        ),
+        (["--share-batches", "--rounds", "1"], "ask for more (--rounds 3,"),
         (["--step", "finetune"], "finetune stands between rounds, and there is one"),
         (["--recipe", "absent.toml"], "--recipe 'absent.toml': cannot be read (No such file or directory)"),
     ],

@@ -340,6 +340,24 @@ def test_the_command_asks_for_what_its_options_say(monkeypatch: pytest.MonkeyPat
     assert (request.heldout_windows, request.share_batches, request.resume) == (7, True, True)
 
 
+@pytest.mark.parametrize("words", ["--methods wanda,alps", "--methods iobs --rounds 1"])
+def test_shared_batches_are_refused_where_no_row_has_rounds(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TableRequest] = []
+    monkeypatch.setattr(reproduce_table, "compare_methods", lambda request, progress: asked.append(request))
+    arguments = f"reproduce method-table absent/ -c c.npz --heldout a.npz {words} --share-batches"
+    result = CliRunner().invoke(build_app(), arguments.split())
+    assert (result.exit_code, asked) == (2, [])
+    assert "in a method table only iobs and recipes have them" in " ".join(result.stderr.split())
+
+
+def test_shared_batches_without_rounds_are_refused_from_python_too(model: nn.Module) -> None:
+    trials = method_trials(["wanda"], ["0.5"])
+    with pytest.raises(RecipeError, match="nothing is pruned in more than one round"):
+        method_table(model, draws(1), heldout(model), trials, share_batches=True, device="cpu")
+    with pytest.raises(RecipeError, match="nothing is pruned in more than one round"):
+        sc.compile(model, draws(1)[0].batches, recipe=trials[0].recipe, options=sc.Options(share_batches=True))
+
+
 def test_the_command_makes_a_table_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("small.py").write_text(
