@@ -127,10 +127,11 @@ def backpropagate(
     is run again, from the last, with one: memory is that of one batch's values at every cut and of one segment's
     activations, all on the graph's device. `weights` by site name stand in for the graph's own. `observe` and `emit`
     are called in that second run, as `run_segment` says, `emit` with outputs that take gradient hooks. A weight that is
-    read in another segment as well (an embedding tied to the head) counts there as the graph has it.
+    read in another segment as well (an embedding tied to the head) counts there as the graph has it. An objective that
+    is not finite comes back without gradients.
 
     Raises:
-        CalibrationError: the graph gives no gradients, or the objective is not finite.
+        CalibrationError: the graph gives no gradients.
     """
     held = weights or {}
     boundaries = [graph.enter(batch)]
@@ -142,10 +143,7 @@ def backpropagate(
     with torch.enable_grad():
         value = objective(graph.outputs(leaves))
     if not torch.isfinite(value):
-        raise CalibrationError(
-            f"the model's loss is {float(value.detach())} on a calibration batch; check the data, the model's dtype "
-            "and the weights it has by now"
-        )
+        return float(value.detach()), {}
     slopes = _slopes([value], [torch.ones_like(value)], leaves, {})[0]
     found: dict[str, Tensor] = {}
     first = min((site.segment for site in sites.values()), default=len(graph.segments))

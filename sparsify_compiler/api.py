@@ -85,6 +85,7 @@ def compile(
     job = Job(source.reference, recipe, options, made, given is None, held, progress, workspace)
     if workspace is None:
         return _compile(job, source)
+    job.segments = workspace.segments
     workspace.start()
     with ExitStack() as unfinished:
         unfinished.callback(workspace.abandon)

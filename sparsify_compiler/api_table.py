@@ -50,7 +50,7 @@ def method_table(
         raise ModelError(
             f"model {source.reference!r}: a method table prunes torch models; give the model that the file was made of"
         )
-    options = Options(device=device, share_batches=share_batches)
+    options = Options(device=device, share_batches=share_batches, resume=resume)
     if isinstance(found, nn.Module) and source.kind != "module":
         found.to(options.torch_device())  # read here, so nobody else's
     table = run_method_table(Subject(source.reference, found, heldout), trials, draws, options, log, progress)

@@ -8,15 +8,16 @@ names only whole files.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify_compiler.errors import DataError, ExportError
@@ -81,13 +82,8 @@ class Checkpoint:
         name = self._finished.get(f"{self._round}{segment}")
         if name is None:
             return None
-        try:
-            data = (self.folder / name).read_bytes()
-            tensors = load(data)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise DataError(f"{self.folder / name} is damaged ({error}); start again without --resume") from None
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        records = json.loads(header["__metadata__"]["records"])
+        tensors, metadata = self._load(name)
+        records = json.loads(metadata["records"])
         return {
             site: SavedSite(tensors[f"{site}.weight"], tensors[f"{site}.keep"].bool(), record)
             for site, record in records.items()
@@ -101,9 +97,36 @@ class Checkpoint:
             tensors[f"{name}.keep"] = site.keep.to(torch.uint8).contiguous()
         records = json.dumps({name: dict(site.record) for name, site in sites.items()})
         name = f"segment-{self._round}{segment:04d}.safetensors"
-        durable_write(self.folder / name, save(tensors, {"records": records}))
+        durable_save(self.folder / name, tensors, {"records": records})
         self._finished[f"{self._round}{segment}"] = name
         self._write_manifest()
+
+    def read_state(self, word: str) -> tuple[dict[str, Tensor], Mapping[str, Any]] | None:
+        """Return the tensors and the record that `write_state` was last given for `word`, or None."""
+        name = self._finished.get(word)
+        if name is None:
+            return None
+        tensors, metadata = self._load(name)
+        return tensors, json.loads(metadata["record"])
+
+    def write_state(self, word: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Record how far the step `word` is, in the place of what was there. Raises ExportError where disks are full.
+
+        Tensors lie on the host and share no memory; `record` is what JSON can hold.
+        """
+        name = f"{word}.safetensors"
+        durable_save(self.folder / name, tensors, {"record": json.dumps(record)})
+        if word not in self._finished:
+            self._finished[word] = name
+            self._write_manifest()
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+        """Read a file that the manifest names. Raises DataError."""
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError) as error:
+            raise DataError(f"{self.folder / name} is damaged ({error}); start again without --resume") from None
 
     def _write_manifest(self) -> None:
         table = {"version": VERSION, "fingerprint": self._fingerprint, "segments": self._finished}
@@ -112,17 +135,29 @@ class Checkpoint:
 
 def durable_write(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or absent, also after a power cut. Raises ExportError."""
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def durable_save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file as `durable_write` does, without a copy of it in memory."""
+    with _whole(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a place to write a file to, which is put in the place of `path` when it is durable."""
     temporary = path.with_name(path.name + ".partial")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ExportError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another disk"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free some space or choose another disk"
         ) from None
 
 

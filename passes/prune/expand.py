@@ -1,5 +1,6 @@
 """Differentiate the model's own loss at the weights of now: what WoodTaylor steps along, and by what it measures."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,7 @@ def expand(
     convolutions.
 
     Raises:
-        CalibrationError: the loss is not finite on a batch, or no batch has a term of it.
+        CalibrationError: the loss is not finite on a batch (named), or no batch has a term of it.
     """
     gradients: dict[str, Tensor] = {}
     squares = {name: _Squares(site, site.layout, name in weighing) for name, site in sites.items() if site.layout}
@@ -75,10 +76,15 @@ def expand(
         probe = loss.probe(batch, number)
         watch = _Watch(squares, padding(batch))
         if probe is None:
-            found = backpropagate(graph, batch, loss.objective(batch), sites, observe=watch.read, emit=watch.made)[1]
+            value, found = backpropagate(graph, batch, loss.objective(batch), sites, None, watch.read, watch.made)
         else:
-            found = backpropagate(graph, batch, loss.objective(batch), sites)[1]
-            backpropagate(graph, batch, probe, sites, observe=watch.read, emit=watch.made)
+            value, found = backpropagate(graph, batch, loss.objective(batch), sites)
+            value += backpropagate(graph, batch, probe, sites, None, watch.read, watch.made)[0]
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"the model's loss is {value} on calibration batch {number}; check the data, the model's dtype and the "
+                "weights it has by now"
+            )
         for name, gradient in found.items():
             gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
     progress("gradient of the model's loss", len(batches), len(batches))

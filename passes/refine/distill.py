@@ -4,22 +4,36 @@ Knowledge distillation of the model into its own sparse self, as Kurtic et al. 2
 language models, but on the calibration data alone and for a few epochs. Masks may be selected anew on the way.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.boundaries import run_graph
+from sparsify_compiler.checkpoint import Checkpoint
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import DifferentiableGraph, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import Distance
-from sparsify_compiler.passes.refine.train import SHORT, Reselect, Schedule, add_gradients, products, train
+from sparsify_compiler.passes.refine.train import (
+    SHORT,
+    Reselect,
+    Schedule,
+    TrainingState,
+    add_gradients,
+    products,
+    train,
+)
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.steps import Distill
 
 WARMUP = 0.05
 """The share of the steps over which the rate rises: Adam's first steps are as long as its later ones."""
+
+STATE = "distill"
+"""What a checkpoint calls the state of this."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +69,27 @@ def distill(
     reselect: Reselect | None = None,
     progress: Progress = silent,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> Distilled:
     """Train the weights of `sites` on the batches of `training`, and leave `graph` with those best on `heldout`.
 
     `keep` (groups, out, in) bool by site name are the masks; pruned weights stay exactly zero. What training began with
     counts as epoch 0, so the held-out loss never rises; of equal losses the earlier epoch wins. Weights and Adam's
-    moments are float32 where the graph runs, beside a copy of the best weights on the host.
+    moments are float32 where the graph runs, beside a copy of the best weights on the host. With a `checkpoint` every
+    epoch is written down, 16 bytes a weight, and a run that was cut short goes on after its last whole epoch.
 
     Given:   %y = linear(%x, weight=%w1)     # %w1 has exact zeros
     Result:  %y = linear(%x, weight=%w2)     # the same zeros, or as many elsewhere with `reselect`
 
     Raises:
-        CalibrationError: the graph gives no gradients, or the loss is not finite.
+        CalibrationError: the graph gives no gradients, or the pruned model's held-out loss is not finite.
     """
     device = training.teacher.outputs(0)[0].device
     weights = {s.name: graph.weight(s).to(device).requires_grad_() for s in sites}
     best = _Best(graph, heldout, {name: mask.to(device) for name, mask in keep.items()})
-    best.offer(0, None, weights, best.keep)
+    begin = best.restore(checkpoint)
+    if begin is None:
+        best.offer(0, None, weights, best.keep)
     by_name = {site.name: site for site in sites}
 
     def gradient(weights: Mapping[str, Tensor], numbers: Sequence[int]) -> float:
@@ -89,9 +107,14 @@ def distill(
         best.offer(epoch, loss, weights, keep)
         progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", epoch, settings.epochs)
 
-    progress(f"distill, {heldout.words} {best.epochs[0].heldout:.4g}", 0, settings.epochs)
+    def remember(state: TrainingState) -> None:
+        if checkpoint is not None:
+            best.write(checkpoint, state)
+
+    progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", len(best.epochs) - 1, settings.epochs)
     schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
-    trained = train(weights, best.keep, len(training.teacher.batches), gradient, schedule, reselect, ended)
+    count = len(training.teacher.batches)
+    trained = train(weights, best.keep, count, gradient, schedule, reselect, ended, begin, remember)
     for site in sites:
         graph.set_weight(site, best.weights[site.name])
     final = {name: mask.cpu() for name, mask in best.keep.items()}
@@ -113,11 +136,34 @@ class _Best:
 
     def offer(self, number: int, loss: float | None, weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
         heldout = self._measure(weights)
+        if not self.epochs and not math.isfinite(heldout):
+            raise CalibrationError(
+                f"[distill]: {self.heldout.words} is {heldout} before any training; check the pruned model's dtype, or "
+                "prune less"
+            )
         if not self.epochs or heldout < self.epochs[self.number].heldout:
             self.number, self.keep = number, dict(keep)
             self.weights.clear()  # before the new copy is made
             self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
         self.epochs.append(Epoch(number, loss, heldout))
+
+    def write(self, checkpoint: Checkpoint, state: TrainingState) -> None:
+        """Write down an epoch's end: what training goes on from, and the best so far."""
+        best = {f"best.{name}": weight for name, weight in self.weights.items()}
+        best |= {f"best-keep.{name}": mask.to("cpu", copy=True) for name, mask in self.keep.items()}
+        record = {"losses": state.losses, "best": self.number, "epochs": [astuple(epoch) for epoch in self.epochs]}
+        checkpoint.write_state(STATE, {**state.tensors, **best}, record)
+
+    def restore(self, checkpoint: Checkpoint | None) -> TrainingState | None:
+        """Read what `write` wrote, if it did; return what training goes on from."""
+        found = checkpoint.read_state(STATE) if checkpoint is not None else None
+        if found is None:
+            return None
+        tensors, record = found
+        self.number, self.epochs = record["best"], [Epoch(*epoch) for epoch in record["epochs"]]
+        self.keep = {name: tensors.pop(f"best-keep.{name}").to(mask.device) for name, mask in self.keep.items()}
+        self.weights = {name: tensors.pop(f"best.{name}") for name in self.keep}
+        return TrainingState(tuple(record["losses"]), tensors)
 
     def _measure(self, weights: Mapping[str, Tensor]) -> float:
         batches = self.heldout.teacher.batches

@@ -35,7 +35,7 @@ def finetune(
     what `backpropagate` holds. The order of the batches is drawn from `seed`.
 
     Raises:
-        CalibrationError: the loss is not finite, or the graph gives no gradients.
+        CalibrationError: the graph gives no gradients.
     """
     weights = {site.name: graph.weight(site).requires_grad_() for site in sites}
     by_name = {site.name: site for site in sites}

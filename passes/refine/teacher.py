@@ -25,11 +25,17 @@ class Teacher:
     """The dense model's outputs on `batches`, remembered as what is alive before its last segment, on the host.
 
     A language model's logits would be a hundred times as large. Build it while `graph` is dense: of `sites`, which
-    will be pruned, it copies the weights that the last segment reads.
+    will be pruned, it copies the weights that the last segment reads. Where more of that segment will change (`whole`),
+    the outputs themselves are remembered.
     """
 
     def __init__(
-        self, graph: Graph, batches: Sequence[Batch], sites: Sequence[Site], progress: Progress = silent
+        self,
+        graph: Graph,
+        batches: Sequence[Batch],
+        sites: Sequence[Site],
+        progress: Progress = silent,
+        whole: bool = False,
     ) -> None:
         self.batches = batches
         self._graph, self._last = graph, len(graph.segments) - 1
@@ -39,9 +45,15 @@ class Teacher:
             boundaries.advance(segment.index)
         self._values = boundaries.values
         self._weights = {site.name: graph.weight(site) for site in sites if site.segment == self._last}
+        self._outputs: list[tuple[Tensor, ...]] = []
+        self._home = torch.device("cpu")
+        if whole:
+            self._remember()
 
     def outputs(self, number: int) -> tuple[Tensor, ...]:
         """Return the dense model's outputs on batch `number`; whoever asks may write into them."""
+        if self._outputs:
+            return tuple(y.to(self._home, copy=True) for y in self._outputs[number])
         values = self._values[number]
         held = {value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)}
         with torch.no_grad():
@@ -50,7 +62,17 @@ class Teacher:
 
     def size_bytes(self) -> int:
         """Count the bytes that are held."""
-        return sum(values_bytes(values) for values in (*self._values, self._weights))
+        whole = sum(y.numel() * y.element_size() for outputs in self._outputs for y in outputs)
+        return whole + sum(values_bytes(values) for values in (*self._values, self._weights))
+
+    def _remember(self) -> None:
+        """Make every batch's outputs, and forget what they are made of."""
+        made = []
+        for number in range(len(self.batches)):
+            outputs = self.outputs(number)
+            self._home = outputs[0].device
+            made.append(tuple(y.cpu() for y in outputs))
+        self._outputs, self._values, self._weights = made, [], {}
 
 
 class Distance(Protocol):

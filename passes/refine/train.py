@@ -14,6 +14,9 @@ from sparsify_compiler.steps import Precision
 EPSILON = 1e-12
 """Adam's ε. The gradient of a relative loss at one of 1e8 weights is about 1e-9: torch's own 1e-8 would damp it."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's Adam calls the mean gradient and the mean squared gradient of a weight."""
+
 SHORT = 0.95
 """The decay rate of Adam's second moment for runs of tens of steps, not thousands: it forgets in twenty."""
 
@@ -23,6 +26,22 @@ weight's `grad`, through `add_gradients`, and returns that mean."""
 
 AfterEpoch = Callable[[int, float, Mapping[str, Tensor], Mapping[str, Tensor] | None], None]
 """Called as after_epoch(number from 1, mean training loss, weights with their zeros, keep masks)."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What training goes on from after the epochs that `losses` are of: weights, masks and Adam's moments, on the host.
+
+    Names are "weight.", "keep." or a word of Adam's and a dot before the weight's name. Two runs, one of them cut short
+    and gone on with from here, end with the same bits.
+    """
+
+    losses: tuple[float, ...]
+    tensors: Mapping[str, Tensor]
+
+
+Remember = Callable[[TrainingState], None]
+"""Called after every epoch, later than `AfterEpoch`."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +110,25 @@ def train(
     schedule: Schedule,
     reselect: Reselect | None = None,
     after_epoch: AfterEpoch | None = None,
+    begin: TrainingState | None = None,
+    remember: Remember | None = None,
 ) -> Trained:
     """Tune `weights`, leaf tensors (groups, out, in) float32, in place over `count` batches by Adam (Kingma & Ba 2015).
 
     Where `keep` (bool, as the weights) is False a weight must be zero and stays so exactly; None: all are free. A loss
-    that is not finite ends the training, and a note says so: whoever calls this keeps the best weights it saw.
+    that is not finite ends the training, and a note says so: whoever calls this keeps the best weights it saw. With
+    `begin`, what `remember` was given after an epoch, training goes on from there.
     """
     loop = _Loop(weights, dict(keep) if keep is not None else None, reselect, schedule, schedule.steps(count))
     losses: list[float] = []
     step = 0
+    if begin is not None:
+        loop.restore(begin)
+        losses = list(begin.losses)
+        step = len(losses) * loop.steps // schedule.epochs
     for epoch, parts in enumerate(schedule.order(count), 1):
+        if begin is not None and epoch <= len(begin.losses):
+            continue
         total = 0.0
         for numbers in parts:
             loss = loop.step(step, schedule.rate_at(step, loop.steps), numbers, gradient)
@@ -112,6 +140,8 @@ def train(
         losses.append(total / count)
         if after_epoch is not None:
             after_epoch(epoch, losses[-1], loop.seen(step), loop.keep)
+        if remember is not None:
+            remember(TrainingState(tuple(losses), loop.tensors()))
     return Trained(tuple(losses), loop.keep)
 
 
@@ -153,6 +183,25 @@ class _Loop:
         if step in self._selections:
             self._select(last=step == self._selections[-1])
         return loss
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of everything that changes from step to step; see `TrainingState`."""
+        found = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
+        found |= {f"keep.{name}": mask for name, mask in (self.keep or {}).items()}
+        for name, weight in self.weights.items():
+            found |= {f"{word}.{name}": value for word, value in self._adam.state.get(weight, {}).items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
+
+    def restore(self, state: TrainingState) -> None:
+        """Take over what `tensors` returned."""
+        for name, weight in self.weights.items():
+            weight.detach().copy_(state.tensors[f"weight.{name}"])
+            if self.keep is not None:
+                self.keep[name] = state.tensors[f"keep.{name}"].to(weight.device)
+            if f"step.{name}" in state.tensors:  # a weight that no output depends on has none
+                count = state.tensors[f"step.{name}"]  # Adam wants it on the host
+                moments = {word: state.tensors[f"{word}.{name}"].to(weight.device) for word in MOMENTS}
+                self._adam.state[weight] = {"step": count.clone(), **moments}
 
     def _free(self, step: int) -> bool:
         return bool(self._selections) and step <= self._selections[-1]

@@ -83,6 +83,11 @@ class TorchGraph:
         old = dotted(self.module, site.parameter)
         self._replace(site.parameter, self._native(site, weight.detach()).to(device=old.device, dtype=old.dtype))
 
+    def set_buffer(self, name: str, value: Tensor) -> None:
+        """Replace what the model calls `name`, under every name it is tied to."""
+        old = dotted(self.module, name)
+        self._replace(name, value.detach().to(device=old.device, dtype=old.dtype, copy=True))
+
     def channels(self) -> ChannelMap:
         """Find the sites' input channels whose order is free."""
         return find_channels(self.module, self.sites, self._parts.aliases, self.traced.how)

@@ -27,7 +27,7 @@ from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.method_table_log import RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options
-from sparsify_compiler.pipeline.peak_memory import peak_memory
+from sparsify_compiler.pipeline.peak_memory import peak_memory, peak_memory_bytes
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model, measure
 from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
 from sparsify_compiler.plan import decide
@@ -36,6 +36,9 @@ from sparsify_compiler.recipe import format_recipe
 
 DENSE = "dense"
 """The key of the first row, and its method's word."""
+
+BEFORE = ", before distilling"
+"""What is added to the key of a row, and to its method, for the model that its last step was given."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ def run_method_table(
     runner = _Runner(subject, options, log, progress, 1 + len(trials) * len(draws))
     for number, draw in enumerate(draws):
         runner.add_draw(number, draw, trials)
-    order = {(trial.method, trial.pattern, trial.refit): place for place, trial in enumerate(trials)}
     return MethodTable(
         model=subject.name,
         command=command("method_table"),
@@ -81,7 +83,7 @@ def run_method_table(
         calibration=tuple(draw.description for draw in draws),
         heldout={name: data.description for name, data in subject.heldout.items()},
         dense=runner.dense.quality,
-        rows=tuple(sorted(runner.rows, key=lambda row: (order[row.method, row.pattern, row.refit], row.draw))),
+        rows=tuple(row for trial in trials for draw in range(len(draws)) for row in runner.rows[trial.words, draw]),
         notes=runner.notes(),
     )
 
@@ -103,7 +105,7 @@ class _Runner:
         self._sets = [replace(data, description=name) for name, data in subject.heldout.items()]
         self._beside = [None if _stands_alone(self._forward, data) else self._forward for data in self._sets]
         log.open(digest(self._identity()))
-        self.rows: list[TableRow] = []
+        self.rows: dict[tuple[str, int], list[TableRow]] = {}
         self.dense = self._log.row(DENSE, self._dense_row)
         self._step()
 
@@ -113,7 +115,9 @@ class _Runner:
         for trial in trials:
             key = digest((trial.words, number, format_recipe(trial.recipe), self._options.share_batches, data))
             self._progress(f"rows: {trial.words}, draw {number}", self._done, self._count)
-            self.rows.append(self._log.row(key, partial(self._row, number, draw, trial)))
+            row = self._log.row(key, partial(self._row, number, draw, trial, key))
+            before = self._log.find(key + BEFORE)
+            self.rows[trial.words, number] = [before, row] if before is not None else [row]
             self._step()
 
     def notes(self) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ class _Runner:
         found = []
         if self._batchnorm:
             found.append("BatchNorm statistics were re-estimated on each row's own calibration data; without: as given")
-        if any(row.rounds for row in self.rows):
+        if any(row.rounds for rows in self.rows.values() for row in rows):
             found.append(
                 "rounds: the one kept was chosen on calibration batches kept aside, never on the held-out sets"
             )
@@ -136,7 +140,7 @@ class _Runner:
             quality = self._measure(self._forward)
         return TableRow(DENSE, "", False, 0, 0.0, 0, None, 0.0, peak.bytes, quality)
 
-    def _row(self, number: int, draw: Draw, trial: Trial) -> TableRow:
+    def _row(self, number: int, draw: Draw, trial: Trial, key: str) -> TableRow:
         points: list[tuple[Quality, ...]] = []
         watched = 0.0
 
@@ -146,10 +150,16 @@ class _Runner:
             points.append(self._measure(forward))
             watched += time.perf_counter() - start
 
+        def before(forward: Forward, outcomes: Mapping[str, SiteOutcome]) -> None:
+            nonlocal watched
+            since = time.perf_counter()
+            self._log.row(key + BEFORE, lambda: self._before(trial, number, forward, outcomes, since - start - watched))
+            watched += time.perf_counter() - since
+
         job = Job(
             self._subject.name, trial.recipe, self._options, draw.batches, False, None, self._inner(trial, number), None
         )
-        job.watch = watch
+        job.watch_round, job.watch_pruned, job.segments = watch, before, self._log.segments(key)
         start = time.perf_counter()
         with peak_memory(self._options.torch_device()) as peak:
             pruned = prune_torch(job, self._model)
@@ -157,7 +167,6 @@ class _Runner:
         without = self._measure(module_forward(pruned.module)) if self._batchnorm else ()
         finish_torch(job, pruned)
         chosen = {each.number for each in job.rounds if each.chosen}
-        outcomes = pruned.outcomes.values()
         return TableRow(
             method=trial.method,
             pattern=trial.pattern,
@@ -165,13 +174,30 @@ class _Runner:
             draw=number,
             sparsity=_sparsity(pruned.outcomes),
             sites=len(pruned.outcomes),
-            error=_total([outcome.relative_error for outcome in outcomes]),
+            error=_error(pruned.outcomes),
             seconds=round(seconds, 3),
             peak_memory_bytes=peak.bytes,
             quality=self._measure(module_forward(pruned.module)),
             without=without,
             rounds=tuple(RoundPoint(t, quality, t in chosen) for t, quality in enumerate(points, 1)),
             notes=tuple(dict.fromkeys((*job.notes, *_site_notes(pruned.outcomes)))),
+        )
+
+    def _before(
+        self, trial: Trial, number: int, forward: Forward, outcomes: Mapping[str, SiteOutcome], seconds: float
+    ) -> TableRow:
+        """Measure what a row was before [distill], as a row of its own."""
+        return TableRow(
+            method=trial.method + BEFORE,
+            pattern=trial.pattern,
+            refit=trial.refit,
+            draw=number,
+            sparsity=_sparsity(outcomes),
+            sites=len(outcomes),
+            error=_error(outcomes),
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory_bytes(),
+            quality=self._measure(forward),
         )
 
     def _measure(self, forward: Forward) -> tuple[Quality, ...]:
@@ -225,7 +251,9 @@ def _sparsity(outcomes: Mapping[str, SiteOutcome]) -> float:
     return 1 - sum(int(outcome.keep.sum()) for outcome in outcomes.values()) / max(entries, 1)
 
 
-def _total(values: Sequence[float | None]) -> float | None:
+def _error(outcomes: Mapping[str, SiteOutcome]) -> float | None:
+    """Sum the relative errors of the sites; None where one has none."""
+    values = [outcome.relative_error for outcome in outcomes.values()]
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from sparsify_compiler.checkpoint import durable_write
+from sparsify_compiler.checkpoint import digest, durable_write
 from sparsify_compiler.errors import DataError, ExportError
 from sparsify_compiler.export.method_table import TableRow, row_from_plain
 
@@ -15,7 +17,8 @@ ROWS = "rows.jsonl"
 class RowLog:
     """The file `rows.jsonl` of `folder`: a line that says which table it is, then a line a row. None: nothing on disk.
 
-    The file is replaced as a whole after every row, so that it is never cut short.
+    The file is replaced as a whole after every row, so that it is never cut short. `segments` is where a row that is
+    not finished keeps what it has.
     """
 
     def __init__(self, folder: Path | None, resume: bool = False) -> None:
@@ -70,4 +73,16 @@ class RowLog:
             self._lines.append(json.dumps({"key": key, "row": dataclasses.asdict(row)}))
             if self._folder is not None:
                 durable_write(self._folder / ROWS, "".join(f"{line}\n" for line in self._lines).encode())
+        if (unfinished := self.segments(key)) is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with suppress(OSError):  # others are not finished
+                unfinished.parent.rmdir()
         return self._rows[key]
+
+    def find(self, key: str) -> TableRow | None:
+        """Return the row of `key` where it is finished."""
+        return self._rows.get(key)
+
+    def segments(self, key: str) -> Path | None:
+        """Return the folder in which the row of `key` keeps what a resumed run of it goes on from; None on no disk."""
+        return self._folder / "unfinished" / digest((key,))[:16] if self._folder is not None else None

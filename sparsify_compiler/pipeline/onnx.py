@@ -10,6 +10,7 @@ from sparsify_compiler.frontends.onnx import load_onnx
 from sparsify_compiler.passes.moments import correct_moments
 from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.pipeline.pruning import prune_graph
 from sparsify_compiler.pipeline.site_reports import site_reports
 
 NO_KERNEL = (
@@ -27,7 +28,7 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
         job.progress("read", 0, 1)
         graph, dense = load_onnx(path), load_onnx(path)
         job.progress("read", 1, 1)
-    decisions, outcomes = job.prune(graph)
+    decisions, outcomes = prune_graph(job, graph)
     if job.options.require_sparse:
         raise KernelError(f"--require-sparse: {next(iter(outcomes))} would run dense: {NO_KERNEL}")
     if job.options.dtype != "float32":

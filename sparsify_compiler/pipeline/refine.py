@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsify_compiler.checkpoint import Checkpoint
 from sparsify_compiler.export.report import StepReport
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.frontends.onnx import OnnxGraph
@@ -29,6 +30,10 @@ class Lesson:
     heldout: Distance
     data: str
 
+    def size_bytes(self) -> int:
+        """Count the bytes that are held of the dense model."""
+        return self.training.teacher.size_bytes() + self.heldout.teacher.size_bytes()
+
 
 def differentiable(graph: Graph) -> DifferentiableGraph:
     """Return a graph of the same weights whose segments give gradients.
@@ -46,9 +51,12 @@ def prepare_lesson(
     graph: Graph,
     decisions: Sequence[Decision],
     data: RoundData,
+    moving: bool,
     progress: Progress,
 ) -> Lesson:
     """Run the dense model (`graph` is not pruned yet) on the batches to train on, and on those to choose by.
+
+    `moving`: more of the graph will change than the weights of its sites.
 
     The loss is the KL divergence where the model is a causal language model, or a classifier that labels came with;
     else the relative error.
@@ -58,7 +66,9 @@ def prepare_lesson(
     """
     graph = differentiable(graph)
     sites = [decision.site for decision in decisions if decision.rule is not None]
-    training, chosen_by = (Teacher(graph, part, sites, progress) for part in (data.training, data.heldout.batches))
+    training, chosen_by = (
+        Teacher(graph, part, sites, progress, moving) for part in (data.training, data.heldout.batches)
+    )
     distribution = data.heldout.labels is not None or is_language_model(forward_of_graph(graph), data.training[0])
     one, other = (_distance(teacher, distribution) for teacher in (training, chosen_by))
     return Lesson(one, other, data.heldout.description)
@@ -71,6 +81,7 @@ def learn(
     lesson: Lesson,
     settings: Distill,
     progress: Progress,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[str, SiteOutcome], Distilled]:
     """Distil the pruned `graph`, and return the outcomes of its sites with the masks they have now."""
     rules = {d.site: d.rule for d in decisions if d.rule is not None}
@@ -88,6 +99,7 @@ def learn(
         settings,
         reselect,
         progress,
+        checkpoint=checkpoint,
     )
     return {name: replace(outcome, keep=done.keep[name]) for name, outcome in outcomes.items()}, done
 
@@ -135,8 +147,7 @@ def distill_reports(done: Distilled, lesson: Lesson) -> tuple[StepReport, ...]:
 
 def distill_notes(done: Distilled, lesson: Lesson, given: bool) -> tuple[str, ...]:
     """Say what a reader must know of the distillation; `given`: the user's held-out data chose among its epochs."""
-    held = lesson.training.teacher.size_bytes() + lesson.heldout.teacher.size_bytes()
-    notes = [f"distill: {size(held)} more held what the dense model has before its last segment, batch by batch"]
+    notes = [f"distill: {size(lesson.size_bytes())} more held what the dense model makes of every batch"]
     if done.best:
         notes.append("distill: weights of all sites moved; errors of sites are those before it")
     if given:

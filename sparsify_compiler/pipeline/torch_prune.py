@@ -16,6 +16,7 @@ from sparsify_compiler.frontends.torch_run import dotted, move_constants
 from sparsify_compiler.passes.batchnorm import batchnorm_layers, reestimate_batchnorm
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.pipeline.pruning import Normalisation, prune_graph
 from sparsify_compiler.plan import Decision
 
 
@@ -35,7 +36,7 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
     """Prune `model` as the job's recipe says; it is not modified itself. `finish_torch` does what is left to do.
 
     Rounds are compared as the module would be handed out: with BatchNorm statistics re-estimated after each of them,
-    where that is wanted.
+    where that is wanted. [distill] trains around statistics re-estimated before it.
 
     Raises:
         SparsifyError: anything the user can act on.
@@ -50,9 +51,12 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
         job.progress("trace", 1, 1)
     if graph.traced.how != "torch.export":
         job.notes.append(f"traced by {graph.traced.how}")
+    normalisation = None
     if isinstance(model, nn.Module) and job.options.recalibrate_batchnorm and batchnorm_layers(model):
-        job.handed_out = lambda: _reestimated(job, model, graph)
-    decisions, outcomes = job.prune(graph)
+        normalisation = Normalisation(
+            lambda: module_forward(_reestimated(job, model, graph)), lambda: _settle(job, model, graph)
+        )
+    decisions, outcomes = prune_graph(job, graph, normalisation)
     module = _copy(model, graph, outcomes)
     by_name = {site.name: site for site in graph.sites}
     rules = {d.site.name: d.rule for d in decisions if d.rule is not None}
@@ -69,11 +73,18 @@ def finish_torch(job: Job, pruned: Pruned) -> None:
     pruned.module.to(job.options.torch_dtype())
 
 
-def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
+def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> nn.Module:
     """Return the module with the weights that the graph has now, its BatchNorm statistics those of the job's data."""
     module = _copy(model, graph, [site.name for site in graph.sites if site.refusal is None])
     reestimate_batchnorm(module, model, job.batches, _orders(graph), job.progress)
-    return module_forward(module)
+    return module
+
+
+def _settle(job: Job, model: nn.Module, graph: TorchGraph) -> None:
+    """Move the BatchNorm statistics of the graph as those of the module will be."""
+    for name, layer in batchnorm_layers(_reestimated(job, model, graph)).items():
+        for leaf in ("running_mean", "running_var"):
+            graph.set_buffer(f"{name}.{leaf}", layer.get_buffer(leaf))
 
 
 def module_forward(module: nn.Module) -> Forward:

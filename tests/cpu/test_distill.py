@@ -1,21 +1,25 @@
 """Distillation: gradients segment by segment against autograd, its losses in closed form, the best epoch, new masks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify_compiler.boundaries import run_graph
+from sparsify_compiler.checkpoint import Checkpoint
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.graph import Site
-from sparsify_compiler.passes.gradients import backpropagate
-from sparsify_compiler.passes.refine.distill import distill
+from sparsify_compiler.passes.gradients import Objective, backpropagate
+from sparsify_compiler.passes.refine.distill import Epoch, distill
 from sparsify_compiler.passes.refine.reselect import DiagonalReselect, SiteMask, site_mask
 from sparsify_compiler.passes.refine.teacher import Divergence, RelativeError, Teacher, sums_to_one
-from sparsify_compiler.passes.refine.train import Schedule, add_gradients, train
+from sparsify_compiler.passes.refine.train import Schedule, Trained, TrainingState, add_gradients, train
 from sparsify_compiler.pattern import NM, Pattern, Unstructured
 from sparsify_compiler.steps import Distill
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
@@ -252,6 +256,97 @@ def test_a_pruned_weight_comes_back_when_its_gradients_agree() -> None:
     assert trained.keep["w"].tolist() == [[[False, False, True, True]]]
     assert torch.equal(weights["w"][0, 0, :2], torch.zeros(2))
     assert torch.allclose(weights["w"][0, 0, 2:].detach(), torch.ones(2), atol=1e-2)
+
+
+@pytest.mark.parametrize("selections", [0, 2])
+def test_training_gone_on_with_after_any_epoch_ends_with_the_same_bits(selections: int) -> None:
+    target = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0))
+    keep = target.abs() > 0.5
+    site = Site("w", "Linear", "w", (4, 6), 4, 6, 1, 6, None, "x", 0)
+    reselect = (
+        DiagonalReselect((SiteMask(site, Unstructured(), (int(keep.sum()),)),), selections) if selections else None
+    )
+
+    def run(begin: TrainingState | None) -> tuple[Tensor, Trained, list[TrainingState]]:
+        weights = {"w": (torch.ones(1, 4, 6) * keep).requires_grad_()}
+        states: list[TrainingState] = []
+
+        def gradient(given: Mapping[str, Tensor], numbers: Sequence[int]) -> float:
+            (number,) = numbers
+            add_gradients(given, {"w": (given["w"] - target * (number + 1)).detach()})
+            return float((given["w"] - target).detach().square().sum())
+
+        schedule = Schedule(4, 0.3, 1, warmup=0.2, seed=1)
+        done = train(weights, {"w": keep}, 3, gradient, schedule, reselect, None, begin, states.append)
+        return weights["w"].detach(), done, states
+
+    weight, whole, states = run(None)
+    assert len(states) == 4
+    for state in states:
+        again, done, rest = run(state)
+        assert len(rest) == 4 - len(state.losses)
+        assert torch.equal(again, weight)
+        assert done.losses == whole.losses
+        assert done.keep is not None
+        assert whole.keep is not None
+        assert torch.equal(done.keep["w"], whole.keep["w"])
+
+
+@dataclass(frozen=True)
+class Failing(RelativeError):
+    """Not a number from the call after `good` ones on."""
+
+    calls: list[int] = field(default_factory=list)
+    good: int = 0
+
+    def objective(self, number: int) -> Objective:
+        self.calls.append(number)
+        inner, factor = super().objective(number), 1.0 if len(self.calls) <= self.good else float("nan")
+        return lambda outputs: inner(outputs) * factor
+
+
+def test_a_loss_that_is_lost_while_distilling_leaves_the_best_epoch_and_says_so() -> None:
+    found = pruned(Mlp, mlp_batches(5))
+    heldout = RelativeError.of(found.heldout)
+    training = Failing(found.teacher, RelativeError.of(found.teacher).energies, good=6)  # four batches: into epoch 2
+    done = distill(found.graph, found.sites, found.keep, training, heldout, Distill(3, 1e-3, 1))
+    assert (done.best, len(done.epochs)) == (1, 2)
+    assert done.notes == ("the training loss is nan at step 7 of 12: training ended; lower the rate",)
+    loss = heldout.objective(0)(run_graph(found.graph, heldout.teacher.batches[0]))
+    assert float(loss.detach()) == pytest.approx(done.epochs[1].heldout)
+    first = Failing(found.heldout, heldout.energies)
+    with pytest.raises(CalibrationError, match="relative error to the dense model is nan before any training"):
+        distill(found.graph, found.sites, found.keep, training, first, Distill(3, 1e-3, 1))
+
+
+def test_distillation_that_was_cut_short_goes_on_from_its_last_whole_epoch(tmp_path: Path) -> None:
+    def run(folder: str, resume: bool = False, stop: int = 9) -> tuple[tuple[Epoch, ...], dict[str, Tensor], list[int]]:
+        found, seen = pruned(Mlp, mlp_batches(5)), []
+
+        def progress(stage: str, done: int, total: int) -> None:
+            seen.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        done = distill(
+            found.graph,
+            found.sites,
+            found.keep,
+            RelativeError.of(found.teacher),
+            RelativeError.of(found.heldout),
+            Distill(4, 3e-2, 1),
+            progress=progress,
+            checkpoint=Checkpoint(tmp_path / folder, "run", resume),
+        )
+        return done.epochs, found.weights(), seen
+
+    epochs, weights, _ = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", stop=3)
+    again, resumed, seen = run("cut", resume=True)
+    assert seen == [2, 3, 4]  # the third epoch's end was never written down
+    assert again == epochs
+    assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
 
 
 def test_selections_lie_evenly_in_the_first_half_of_the_steps() -> None:

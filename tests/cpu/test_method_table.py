@@ -29,6 +29,7 @@ from sparsify_compiler.pipeline.torch_prune import Pruned, prune_torch
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.sources.data import load_data
 from sparsify_compiler.sources.models import Source, module_source
+from sparsify_compiler.steps import Distill
 
 WIDTH = 24
 
@@ -219,6 +220,36 @@ def test_an_interrupted_table_goes_on_and_ends_as_if_it_had_not_been(
     assert [row.quality for row in resumed.rows] == [row.quality for row in whole.rows]
     assert method_table_from_json((tmp_path / "cut" / "table.json").read_text()) == resumed
     assert (tmp_path / "cut" / "table.html").is_file()
+
+
+def test_a_row_that_is_distilled_is_shown_before_it_too_and_goes_on_in_the_middle(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    rule = sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.7)
+    trials = [recipe_trial("mine", sc.Recipe((rule,), distill=Distill(3, 1e-2, 1)))]
+    asked = (model, draws(1), heldout(model), trials)
+    whole = method_table(*asked, output=tmp_path / "whole", device="cpu")
+    before, after = whole.rows
+    assert (before.method, after.method) == ("mine, before distilling", "mine")
+    assert before.quality[2].sparse > after.quality[2].sparse  # the relative error of the plain set
+    (plain,) = method_table(model, draws(1), heldout(model), [recipe_trial("p", sc.Recipe((rule,)))], device="cpu").rows
+    assert before.error == pytest.approx(plain.error, rel=0.1)  # one batch of six is kept aside for the epochs
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if "distill, " in stage and " 2/3" in stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method_table(*asked, output=tmp_path / "cut", device="cpu", progress=stop)
+    (unfinished,) = (tmp_path / "cut" / "unfinished").iterdir()
+    assert (unfinished / "distill.safetensors").is_file()
+    stages: list[str] = []
+    resumed = method_table(
+        *asked, output=tmp_path / "cut", device="cpu", resume=True, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert [row.quality for row in resumed.rows] == [row.quality for row in whole.rows]
+    assert not any("distill, " in stage and " 0/3" in stage for stage in stages)
+    assert not (tmp_path / "cut" / "unfinished").exists()
 
 
 def test_rows_of_another_model_or_a_damaged_file_are_not_taken(model: nn.Module, tmp_path: Path) -> None:

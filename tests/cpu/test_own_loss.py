@@ -228,7 +228,7 @@ def test_a_batch_without_a_term_or_with_a_loss_that_is_not_finite_is_refused() -
         expand(graph, [batch], sites, NextToken())
     module.head.weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
     batch["attention_mask"] += 1
-    with pytest.raises(CalibrationError, match="the model's loss is nan on a calibration batch"):
+    with pytest.raises(CalibrationError, match="the model's loss is nan on calibration batch 0"):
         expand(graph, [batch], sites, NextToken())
 
 

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.errors import DataError
+from sparsify_compiler.evaluate import Forward, fidelity
 from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.report_text import report_text
+from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.quality import Heldout
+from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
+from sparsify_compiler.progress import silent
 from sparsify_compiler.steps import Allocate, Distill, Reconstruct
 from tests.models.small import Cnn, Mlp, image_batches, mlp_batches, seeded
 
@@ -119,6 +123,29 @@ def test_steps_are_taken_in_and_after_rounds() -> None:
     assert [each.number for each in report.rounds] == [1, 2]
     assert [each.part for each in report.steps if each.step == "reconstruct"] == ["blocks.0", "blocks.1"]
     assert len(epochs(report)) == 3
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_cnn_is_distilled_around_the_batchnorm_statistics_that_it_is_handed_out_with(wanted: bool) -> None:
+    batches, cnn, heldout = image_batches(4), seeded(Cnn), Heldout(image_batches(2, samples=16))
+    rule = sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.6)
+    asked = sc.Recipe((rule,), distill=Distill(2, 1e-3, 1))
+    options = dataclasses.replace(OPTIONS, recalibrate_batchnorm=wanted)
+    job = Job("cnn", asked, options, batches, False, heldout, silent, None)
+    seen: list[float] = []
+
+    def watch(forward: Forward, outcomes: object) -> None:
+        seen.append(fidelity(module_forward(cnn), forward, heldout.batches).relative_error)
+
+    job.watch_pruned = watch
+    pruned = prune_torch(job, cnn)
+    # the same weights, the same statistics, the same data; only segments against the whole module round differently
+    assert job.steps[0].heldout == pytest.approx(seen[0], rel=1e-4)
+    best = next(step for step in job.steps if step.kept)
+    finish_torch(job, pruned)
+    found = fidelity(module_forward(cnn), module_forward(pruned.module), heldout.batches).relative_error
+    # statistics are moved once more for the tuned weights: little, after two short epochs
+    assert found == pytest.approx(best.heldout, rel=0.05 if wanted else 1e-4)
 
 
 def test_masks_selected_anew_are_those_of_the_artefact(tmp_path: Path) -> None:
