@@ -1,12 +1,15 @@
 """The public function that sets pruning methods side by side on one model: `method_table`."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sparsify_compiler.api import Model, open_source
-from sparsify_compiler.errors import ExportError, ModelError
+from sparsify_compiler.batches import Batch, named_tensors
+from sparsify_compiler.errors import DataError, ExportError, ModelError
 from sparsify_compiler.export.method_table import MethodTable
 from sparsify_compiler.export.method_table_html import method_table_html
 from sparsify_compiler.pipeline.method_table import Draw, Subject, run_method_table
@@ -43,6 +46,7 @@ def method_table(
         SparsifyError: anything the user can act on. Finished rows stay for `resume`.
     """
     check_share(share_batches, (trial.recipe for trial in trials))
+    _check_draws(draws)
     log = RowLog(output, resume)
     source = open_source(model, trust)
     found = source.program if source.program is not None else source.module
@@ -57,6 +61,22 @@ def method_table(
     if output is not None:
         _write(table, output)
     return table
+
+
+def _check_draws(draws: Sequence[Draw]) -> None:
+    """Refuse draws of the same data: their spread would be none, whatever the data does. Raises DataError."""
+    for first, second in combinations(range(len(draws)), 2):
+        one, other = draws[first].batches, draws[second].batches
+        if len(one) == len(other) and all(_same(*pair) for pair in zip(one, other, strict=True)):
+            raise DataError(
+                f"draw {second} of the calibration data is the same as draw {first} ({draws[second].description}), so "
+                "that their spread would say nothing; give more data, or ask for one draw (--draws 1)"
+            )
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    first, second = dict(named_tensors(one)), dict(named_tensors(other))
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def _write(table: MethodTable, output: Path) -> None:

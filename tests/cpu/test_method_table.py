@@ -406,6 +406,26 @@ def test_the_command_makes_a_table_of_files(tmp_path: Path, monkeypatch: pytest.
     assert "draw 1: x.npz: 56 samples of input, drawn with seed 1 from 64" in result.output
 
 
+def test_draws_of_the_same_data_are_refused(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, trials = samples(96, 0), method_trials(["magnitude"], ["0.5"])
+    same = [
+        Draw([batch], "one"),
+        Draw([samples(96, 1)], "two"),
+        Draw([{"x": batch}], "three"),
+        Draw([batch + 0], "four"),
+    ]
+    with pytest.raises(DataError, match=r"draw 3 of the calibration data is the same as draw 0 \(four\).*--draws 1"):
+        method_table(model, same, heldout(model), trials, output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    Path("small.py").write_text("from torch import nn\n\ndef build():\n    return nn.Linear(24, 4)\n")
+    np.savez("x.npz", input=samples(1, 0).numpy())  # a draw of one sample can be nothing else
+    words = "small:build --trust -c x.npz --heldout x.npz --methods magnitude --patterns 0.5 --draws 2"
+    result = CliRunner().invoke(build_app(), ["reproduce", "method-table", *words.split()])
+    assert result.exit_code == 2
+    assert "draw 1 of the calibration data is the same as draw 0 (x.npz: all 1 samples" in result.stderr
+
+
 def test_an_onnx_file_is_refused_with_what_to_give_instead() -> None:
     source = Source("m.onnx", "onnx", path=Path("m.onnx"))
     with pytest.raises(ModelError, match="give the model that the file was made of"):
