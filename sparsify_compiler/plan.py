@@ -11,6 +11,9 @@ from sparsify_compiler.recipe import Recipe, Rule, matches
 DATA_STEPS = ("allocate", "finetune", "reconstruct", "distill")
 """The steps that read the calibration data whatever the method does."""
 
+TRAINING_STEPS = ("finetune", "reconstruct", "distill")
+"""The steps that take gradients of the graph."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -32,7 +35,8 @@ def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:
     """Return one decision per site, in order.
 
     Raises:
-        RecipeError: a rule or keep_dense glob matches no site, or a rule names a site that cannot be pruned.
+        RecipeError: a rule or keep_dense glob matches no site, a rule names a site that cannot be pruned, or [allocate]
+            is asked and no pattern leaves a sparsity free.
         PatternError: a rule names a site that its pattern does not tile.
         ModelError: the model has no prunable site, or the recipe leaves none.
     """
@@ -49,6 +53,8 @@ def decide(recipe: Recipe, sites: Sequence[Site]) -> tuple[Decision, ...]:
     if not any(decision.rule for decision in decisions):
         reasons = "; ".join(sorted({f"{d.site.name}: {d.reason}" for d in decisions if not d.refused})[:3])
         raise ModelError(f"no prunable site: the recipe leaves every site dense ({reasons}); name a site in a rule")
+    if recipe.allocate is not None:
+        _check_movable(decisions)
     return decisions
 
 
@@ -78,6 +84,17 @@ def _decide(recipe: Recipe, site: Site) -> Decision:
             raise PatternError(f"layer {site.name!r}: {nothing}; choose smaller tiles or a higher sparsity")
         return Decision(site, None, nothing)
     return Decision(site, rule)
+
+
+def _check_movable(decisions: Sequence[Decision]) -> None:
+    """Refuse to move sparsities that every pattern fixes. Raises RecipeError."""
+    patterns = {decision.rule.pattern for decision in decisions if decision.rule is not None}
+    if all(pattern.fixed_sparsity() is not None for pattern in patterns):
+        raise RecipeError(
+            "[allocate]: sparsities can move where a pattern leaves them free, and every rule has "
+            f"{', '.join(sorted(map(str, patterns)))}, which fixes them; leave [allocate] out, or prune some sites to "
+            "unstructured or to blocks"
+        )
 
 
 def check_without_data(recipe: Recipe, decisions: Sequence[Decision]) -> None:

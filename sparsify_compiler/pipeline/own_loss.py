@@ -19,11 +19,14 @@ from sparsify_compiler.passes.refine.finetune import finetune
 from sparsify_compiler.pipeline.quality import is_language_model
 from sparsify_compiler.pipeline.refine import differentiable
 from sparsify_compiler.pipeline.rounds import forward_of_graph
-from sparsify_compiler.plan import Decision
+from sparsify_compiler.plan import TRAINING_STEPS, Decision
 from sparsify_compiler.problem import Needs
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.recipe import Recipe
 from sparsify_compiler.steps import FineTune
+
+GRADIENTS = (Needs.GRADIENT, Needs.FISHER)
+"""What methods need that take the gradient of the model's own loss."""
 
 LossAt = Callable[[Mapping[str, Tensor]], ModelLoss]
 """The loss, given the dense weights (groups, out, in) by site name."""
@@ -38,6 +41,20 @@ class OwnLoss:
     notes: tuple[str, ...] = ()
 
 
+def check_training(graph: Graph, decisions: Sequence[Decision], recipe: Recipe) -> None:
+    """Refuse training that cannot be done on `graph`, or would be lost; nothing is run, so ask before any pass.
+
+    Raises:
+        RecipeError: a method would not see what fine-tuning did.
+        ModelError: a method or a step takes gradients, and an ONNX file has operators that give none here.
+    """
+    if recipe.finetune is not None:
+        _check_starts(decisions)
+    methods = (decision.rule.method for decision in decisions if decision.rule is not None)
+    if any(word in TRAINING_STEPS for word in recipe.steps()) or any(method.needs in GRADIENTS for method in methods):
+        differentiable(graph)
+
+
 def own_loss(
     graph: Graph, decisions: Sequence[Decision], recipe: Recipe, batches: Sequence[Batch], progress: Progress
 ) -> OwnLoss:
@@ -46,20 +63,18 @@ def own_loss(
     `graph` is dense when this is called.
 
     Raises:
-        RecipeError: a method would not see what fine-tuning did.
-        ModelError: an ONNX file has operators that give no gradients here.
+        RecipeError, ModelError: as `check_training`.
     """
+    check_training(graph, decisions, recipe)
     needing = {
         decision.site.name: decision.rule.method.needs
         for decision in decisions
-        if decision.rule is not None and decision.rule.method.needs in (Needs.GRADIENT, Needs.FISHER)
+        if decision.rule is not None and decision.rule.method.needs in GRADIENTS
     }
     if not needing and recipe.finetune is None:
         return OwnLoss()
     trained = differentiable(graph)
     sites = {d.site.name: d.site for d in decisions if d.rule is not None}
-    if recipe.finetune is not None:
-        _check_starts(decisions)
     language = is_language_model(forward_of_graph(graph), batches[0])
 
     def loss(dense: Mapping[str, Tensor]) -> ModelLoss:

@@ -22,11 +22,13 @@ from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.frontends.onnx_gradient import TABLES, DifferentiableOnnx
 from sparsify_compiler.frontends.onnx_operators import Call
 from sparsify_compiler.passes.gradients import backpropagate
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
 from sparsify_compiler.pattern import NM
+from sparsify_compiler.pipeline.own_loss import check_training
 from sparsify_compiler.plan import decide
 from sparsify_compiler.recipe import Recipe, make_rule
 from sparsify_compiler.steps import Distill, FineTune, Reconstruct
@@ -228,3 +230,13 @@ def test_operators_that_give_no_gradient_are_named_before_anything_is_pruned() -
     assert isinstance(graph, OnnxGraph)
     with pytest.raises(ModelError, match="uses the operators Det, through which no gradient can be taken here"):
         DifferentiableOnnx(graph)
+    plain, taylor = make_rule("*", NM(2, 4), SparseGPT()), make_rule("*", NM(2, 4), WoodTaylor())
+    for recipe in (
+        Recipe((plain,), reconstruct=Reconstruct()),
+        Recipe((plain,), distill=Distill()),
+        Recipe((make_rule("*", NM(2, 4), IOBS()),), rounds=2, finetune=FineTune()),
+        Recipe((taylor,)),
+    ):
+        with pytest.raises(ModelError, match="leave out woodtaylor and the steps that train"):
+            check_training(graph, decide(recipe, graph.sites), recipe)
+    check_training(graph, decide(Recipe((plain,), rounds=2), graph.sites), Recipe((plain,), rounds=2))

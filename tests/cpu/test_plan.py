@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import sparsify_compiler as sc
 from sparsify_compiler.errors import ModelError, PatternError, RecipeError
 from sparsify_compiler.graph import MatmulLayout, Site
 from sparsify_compiler.passes.prune.magnitude import Magnitude
@@ -11,6 +12,8 @@ from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Unstructured
 from sparsify_compiler.plan import Decision, decide
 from sparsify_compiler.recipe import Recipe, make_rule
+from sparsify_compiler.steps import Allocate, Permute
+from tests.models.small import Mlp, mlp_batches, seeded
 
 FC = Site("fc", "Linear", "fc.weight", (8, 16), 8, 16, 1, 16, MatmulLayout(transposed=True), "x", 0)
 HEAD = replace(FC, name="head", dense_by_default="the output head")
@@ -116,6 +119,23 @@ def test_a_graph_whose_sites_are_all_refused_is_an_error_with_reasons() -> None:
 def test_a_recipe_that_leaves_every_site_dense_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"the recipe leaves every site dense \(fc: kept dense by keep_dense"):
         decide(Recipe((TWO_FOUR,), keep_dense=("*",)), [FC])
+
+
+def test_allocation_is_refused_where_every_pattern_fixes_its_sparsity() -> None:
+    other = replace(FC, name="other")
+    fixed = (make_rule("fc", NM(1, 4), Wanda()), TWO_FOUR)
+    with pytest.raises(RecipeError, match=r"\[allocate\].* every rule has 1:4, 2:4, which fixes them; leave \[alloc"):
+        decide(Recipe(fixed, allocate=Allocate()), [FC, other])
+    free = make_rule("other", Unstructured(), Wanda(), 0.5)
+    assert all(decision.rule for decision in decide(Recipe((free, *fixed), allocate=Allocate()), [FC, other]))
+
+
+def test_what_no_pass_could_follow_is_refused_before_the_first_of_them() -> None:
+    stages: list[str] = []
+    recipe = Recipe((make_rule("*", NM(2, 4), Magnitude()),), permute=Permute(), allocate=Allocate())
+    with pytest.raises(RecipeError, match=r"\[allocate\]"):
+        sc.compile(seeded(Mlp), mlp_batches(), recipe=recipe, progress=lambda stage, *_: stages.append(stage))
+    assert set(stages) == {"trace"}
 
 
 def test_a_pattern_that_would_remove_nothing_is_not_called_pruning() -> None:
