@@ -12,6 +12,7 @@ from sparsify_compiler.pipeline.closing_check import explained, growth
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.pruning import prune_graph
 from sparsify_compiler.pipeline.site_reports import site_reports
+from sparsify_compiler.plan import decide
 
 NO_KERNEL = (
     "an ONNX file runs in ONNX Runtime, which computes packed weights dense; sparse operators are not in this release"
@@ -28,9 +29,10 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
         job.progress("read", 0, 1)
         graph, dense = load_onnx(path), load_onnx(path)
         job.progress("read", 1, 1)
-    decisions, outcomes = prune_graph(job, graph)
     if job.options.require_sparse:
-        raise KernelError(f"--require-sparse: {next(iter(outcomes))} would run dense: {NO_KERNEL}")
+        first = next(each.site.name for each in decide(job.recipe, graph.sites) if each.rule is not None)
+        raise KernelError(f"--require-sparse: {first} would run dense: {NO_KERNEL}")
+    decisions, outcomes = prune_graph(job, graph)
     if job.options.dtype != "float32":
         job.notes.append(f"dtype {job.options.dtype} was asked: the dtypes of an ONNX file stay as the file has them")
     if job.options.recalibrate_batchnorm and not job.generated:

@@ -140,6 +140,21 @@ def test_require_sparse_turns_a_dense_verdict_into_an_error(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_require_sparse_is_refused_for_an_onnx_file_before_it_is_pruned(tmp_path: Path) -> None:
+    mlp = Options(output=tmp_path / "mlp", tokens=(1,))
+    sc.compile(seeded(Mlp, depth=1), mlp_batches(1), recipe=MAGNITUDE, options=mlp)
+    stages: list[str] = []
+    with pytest.raises(KernelError, match=r"--require-sparse: \S+ would run dense: an ONNX file"):
+        sc.compile(
+            tmp_path / "mlp" / "model.onnx",
+            mlp_batches(1),
+            recipe=MAGNITUDE,
+            options=Options(require_sparse=True),
+            progress=lambda stage, *_: stages.append(stage),
+        )
+    assert set(stages) == {"read"}
+
+
 def test_a_half_precision_model_is_written_in_half_precision(tmp_path: Path) -> None:
     options = Options(output=tmp_path / "out", dtype="float16", tokens=(4,))
     compiled, report = sc.compile(seeded(Mlp), mlp_batches(), recipe=TWO_FOUR, options=options)
