@@ -24,7 +24,7 @@ from sparsify_compiler.passes.batchnorm import batchnorm_layers
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.environment import command, environment
 from sparsify_compiler.pipeline.job import Job
-from sparsify_compiler.pipeline.method_table_log import RowLog
+from sparsify_compiler.pipeline.method_table_log import ROWS, RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.peak_memory import peak_memory, peak_memory_bytes
@@ -129,6 +129,8 @@ class _Runner:
             found.append(
                 "rounds: the one kept was chosen on calibration batches kept aside, never on the held-out sets"
             )
+        if others := self._log.unasked():
+            found.append(f"{others} more finished rows, which this command did not ask for, stay in {ROWS}")
         return tuple(found)
 
     def _step(self) -> None:

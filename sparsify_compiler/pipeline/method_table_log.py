@@ -34,6 +34,7 @@ class RowLog:
         self._folder = folder
         self._lines: list[str] = []
         self._rows: dict[str, TableRow] = {}
+        self._asked: set[str] = set()
 
     def open(self, identity: str) -> None:
         """Read the rows that were finished before; `identity` stands for what all rows have in common.
@@ -68,6 +69,7 @@ class RowLog:
 
     def row(self, key: str, make: Callable[[], TableRow]) -> TableRow:
         """Return the row of `key`: the finished one, else what `make` returns, which is written down."""
+        self._asked.add(key)
         if key not in self._rows:
             row = self._rows[key] = make()
             self._lines.append(json.dumps({"key": key, "row": dataclasses.asdict(row)}))
@@ -81,7 +83,12 @@ class RowLog:
 
     def find(self, key: str) -> TableRow | None:
         """Return the row of `key` where it is finished."""
+        self._asked.add(key)
         return self._rows.get(key)
+
+    def unasked(self) -> int:
+        """Count the finished rows that nobody has asked for."""
+        return len(self._rows.keys() - self._asked)
 
     def segments(self, key: str) -> Path | None:
         """Return the folder in which the row of `key` keeps what a resumed run of it goes on from; None on no disk."""

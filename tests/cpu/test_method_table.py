@@ -220,6 +220,9 @@ def test_an_interrupted_table_goes_on_and_ends_as_if_it_had_not_been(
     assert [row.quality for row in resumed.rows] == [row.quality for row in whole.rows]
     assert method_table_from_json((tmp_path / "cut" / "table.json").read_text()) == resumed
     assert (tmp_path / "cut" / "table.html").is_file()
+    fewer = method_table(*asked[:3], trials[:1], output=tmp_path / "cut", device="cpu", resume=True)
+    assert len(fewer.rows) == 1
+    assert "3 more finished rows, which this command did not ask for, stay in rows.jsonl" in fewer.notes
 
 
 def test_a_row_that_is_distilled_is_shown_before_it_too_and_goes_on_in_the_middle(
