@@ -5,27 +5,29 @@ Result:  %y = linear(%x, weight=%w)      # unchanged; the decisions now say 0.43
 
 Two ways, both on the dense model. "owl" (Yin et al. 2024, "Outlier Weighed Layerwise Sparsity") spares segments with
 many outlying weights. "error-curve" asks the model: what a site's layer error does to the outputs, times how that
-error grows with sparsity, is what the site costs, and the costs are made least for the same number of weights.
+error grows with sparsity, is what the site costs, and the costs are made least for the same number of weights. The
+effect on the outputs is predicted from gradients, or measured site by site.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import CalibrationError, RecipeError
 from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
-from sparsify_compiler.passes.error_curves import Outputs, cost_curve, dense_walk
+from sparsify_compiler.passes.error_curves import Growth, Outputs, dense_walk, growth
 from sparsify_compiler.passes.prune.iobs_layer import IOBS, SOLVERS
 from sparsify_compiler.passes.prune.quadratic import tile_of
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
+from sparsify_compiler.passes.sensitivity import Sensitivity
 from sparsify_compiler.pattern import Block, Pattern
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, Pruner
@@ -39,6 +41,9 @@ OUTLIER = 5.0
 MEASURED = 4
 """Calibration batches on which a site's effect on the outputs is measured; each costs half a run a site."""
 
+DIFFERENTIATED = 16
+"""Calibration batches through which gradients are taken; each costs about five runs of the model for all sites."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -49,14 +54,21 @@ class Allocation:
 
 
 def allocate(
-    graph: Graph, batches: Sequence[Batch], decisions: Sequence[Decision], step: Allocate, progress: Progress = silent
+    graph: Graph,
+    batches: Sequence[Batch],
+    decisions: Sequence[Decision],
+    step: Allocate,
+    progress: Progress = silent,
+    sensitivity: Callable[[], Sensitivity] | None = None,
 ) -> Allocation:
     """Return `decisions` with sparsities by `step.by`; the graph, dense, is as it was.
 
+    `sensitivity` makes what the gradients of an error-curve are taken of, and is called if they are asked for.
+
     The weights removed are in sum exactly those that the rules asked for; methods that remove the same from every row
     move by whole columns of entries, so that a few more may stay, which the notes say. Each movable site stays within
-    `step.spread` of its rule's sparsity. Sites of fixed patterns, and sites that no token reaches, keep what their rule
-    asks for.
+    `step.spread` of its rule's sparsity. Sites of fixed patterns, and sites that no token or no gradient reaches, keep
+    what their rule asks for.
 
     Raises:
         RecipeError: every pruned site has a pattern that fixes its sparsity.
@@ -79,9 +91,17 @@ def allocate(
     if step.by == "owl":
         removed, notes = _by_outliers(dense_walk(graph, batches, free, Wanda(), progress), shares, step.spread)
     else:
-        removed, notes = _by_curves(graph, batches, free, shares, progress)
+        if step.weigh == "outputs":
+            weighed = _weighed_by_outputs(graph, batches, free, shares, progress)
+        else:
+            assert sensitivity is not None, "weigh by gradients, and no way to take them was given"
+            weighed = _weighed_by_gradients(sensitivity(), graph, batches, free, shares, progress)
+        removed, notes = _by_curves(weighed, shares)
     if not removed:
-        raise CalibrationError("[allocate]: no token of the calibration data reached a site whose sparsity can move")
+        raise CalibrationError(
+            "[allocate]: no token of the calibration data reached a site whose sparsity can move, or none of these "
+            'sites has a gradient (weigh = "outputs" needs none)'
+        )
     allocated = tuple(
         _with_sparsity(d, shares[d.site.name], removed[d.site.name]) if d.site.name in removed else d for d in decisions
     )
@@ -183,20 +203,20 @@ def outlier_share(problems: Sequence[LayerProblem]) -> float:
     return sum(int((score > bar).sum()) for score in scores) / count
 
 
-def _by_curves(
-    graph: Graph,
-    batches: Sequence[Batch],
-    decisions: Sequence[Decision],
-    shares: Mapping[str, Share],
-    progress: Progress,
-) -> tuple[dict[str, int], list[str]]:
+@dataclass(frozen=True)
+class _Weighed:
+    """Costs by site name; `words` say what they are and `how` they were found."""
+
+    costs: Mapping[str, Curve]
+    words: str = ""
+    how: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _by_curves(weighed: _Weighed, shares: Mapping[str, Share]) -> tuple[dict[str, int], list[str]]:
     """Return the weights each site loses so that the sum of the sites' costs is least."""
-    costs: dict[str, Curve] = {}
-    outputs: Outputs | None = None
-    for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
-        outputs = outputs or Outputs(graph, batches[:MEASURED])  # the walk has refused batches that do not fit by now
-        costs[site.name] = cost_curve(problems, shares[site.name], partial(outputs.moved, site))
-    if outputs is None:
+    costs = weighed.costs
+    if not costs:
         return {}, []
     counts = fill([shares[name] for name in costs], list(costs.values()))
     removed = dict(zip(costs, counts, strict=True))
@@ -205,6 +225,60 @@ def _by_curves(
         for chosen in (removed, {name: shares[name].asked for name in costs})
     ]
     return removed, [
-        f"allocate: the relative error of the outputs, summed over sites pruned one at a time, is {sums[0]:.4g} as "
-        f"allocated and {sums[1]:.4g} as asked (predicted from SparseGPT's layer errors and {outputs.count} batches)"
+        f"allocate: the {weighed.words}, summed over sites pruned one at a time, is {sums[0]:.4g} as allocated and "
+        f"{sums[1]:.4g} as asked (predicted from SparseGPT's layer errors and {weighed.how})",
+        *weighed.notes,
     ]
+
+
+def _weighed_by_outputs(
+    graph: Graph,
+    batches: Sequence[Batch],
+    decisions: Sequence[Decision],
+    shares: Mapping[str, Share],
+    progress: Progress,
+) -> _Weighed:
+    """Measure what every site does to the outputs, running the model from the site on."""
+    costs: dict[str, Curve] = {}
+    outputs: Outputs | None = None
+    for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
+        outputs = outputs or Outputs(graph, batches[:MEASURED])  # the walk has refused batches that do not fit by now
+        grown = growth(problems, shares[site.name])
+        costs[site.name] = grown.curve(outputs.moved(site, grown.weight))
+    if outputs is None:
+        return _Weighed({})
+    return _Weighed(costs, "relative error of the outputs", f"{outputs.count} batches")
+
+
+def _weighed_by_gradients(
+    sensitivity: Sensitivity,
+    graph: Graph,
+    batches: Sequence[Batch],
+    decisions: Sequence[Decision],
+    shares: Mapping[str, Share],
+    progress: Progress,
+) -> _Weighed:
+    """Predict what every site does to the outputs, all of them from the same backward passes.
+
+    The changes of all weights are held on the host meanwhile: 4 bytes a weight.
+    """
+    grown: dict[str, Growth] = {}
+    changes: dict[str, tuple[Site, Tensor]] = {}
+    for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
+        found = growth(problems, shares[site.name])
+        change = found.weight - torch.stack([problem.weight for problem in problems])
+        changes[site.name] = site, change.cpu()
+        grown[site.name] = replace(found, weight=change.new_empty(0))
+    used = batches[:DIFFERENTIATED]
+    effects = sensitivity.effects(used, changes, progress)
+    costs = {name: each.curve(effects[name]) for name, each in grown.items() if name in effects}
+    lost = [name for name in grown if name not in effects]
+    notes = (
+        (
+            f"allocate: no gradient reaches {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} ({len(lost)} "
+            'sites), which keep what was asked; weigh = "outputs" can weigh them',
+        )
+        if lost
+        else ()
+    )
+    return _Weighed(costs, sensitivity.probe.words, f"gradients on {len(used)} batches", notes)

@@ -1,12 +1,12 @@
-"""What pruning a site costs the model as its sparsity grows: measured once on the outputs, carried on by layer errors.
+"""What pruning a site costs the model as its sparsity grows: weighed once by the outputs, carried on by layer errors.
 
 In SmolLM2's first layer SparseGPT's error is that of ALPS times a factor that changes by 5 to 29 % between sparsities
 of 30 and 80 %, while the errors grow 29 to 280 times (prune/NOTES.md), so the cheap method gives the shape of the
 curve. Relative errors summed over sites are a bad guide: in stories260k 0.005 in keys costs more than 0.08 in values.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,22 +105,37 @@ class Outputs:
         return outputs if hidden is None else [hidden.drop(y) for y in outputs]
 
 
-def cost_curve(problems: Sequence[LayerProblem], share: Share, moved: Callable[[Tensor], float]) -> Curve:
-    """Return the cost of a site by its sparsity, from its lower bound to its upper.
+@dataclass(frozen=True)
+class Growth:
+    """How a site's layer error grows: SparseGPT's, summed over its groups, at `sparsities` in increasing order.
 
-    cost(s) = moved(Ŵ at the asked sparsity) · error(s) / error(asked sparsity), with error the sum over its groups of
-    SparseGPT's layer error. Where the asked sparsity costs nothing, the highest stands in its place.
+    `weight` (groups, out, in) float32 is the pruned one at `sparsities[reference]`: the asked sparsity, or the highest
+    where the asked one costs nothing.
     """
+
+    sparsities: tuple[float, ...]
+    errors: tuple[float, ...]
+    reference: int
+    weight: Tensor
+
+    def curve(self, effect: float) -> Curve:
+        """Return the site's cost by its sparsity, in proportion to its error, `effect` at the reference."""
+        base = self.errors[self.reference]
+        return Curve(self.sparsities, tuple(error / base * effect if base else 0.0 for error in self.errors))
+
+
+def growth(problems: Sequence[LayerProblem], share: Share) -> Growth:
+    """Prune a site from its lower bound to its upper, at up to five sparsities."""
     between = ((share.low + share.asked) // 2, (share.asked + share.high) // 2)
-    levels = [share.sparsity(count) for count in sorted({share.low, share.asked, share.high, *between})]
-    errors = [_prune(problems, level)[0] for level in levels]
-    reference = levels.index(share.sparsity(share.asked))
-    if not errors[reference]:
-        reference = len(levels) - 1
-    if not errors[reference]:
-        return Curve(tuple(levels), tuple(0.0 for _ in levels))
-    unit = moved(_prune(problems, levels[reference])[1]) / errors[reference]
-    return Curve(tuple(levels), tuple(error * unit for error in errors))
+    counts = sorted({share.low, share.asked, share.high, *between})
+    levels = [share.sparsity(count) for count in counts]
+    errors, reference, weight = [], counts.index(share.asked), problems[0].weight.new_empty(0)
+    for number, level in enumerate(levels):
+        error, pruned = _prune(problems, level)
+        errors.append(error)
+        if number == reference or (number == len(levels) - 1 and not errors[reference]):
+            reference, weight = number, pruned
+    return Growth(tuple(levels), tuple(errors), reference, weight)
 
 
 def _prune(problems: Sequence[LayerProblem], sparsity: float) -> tuple[float, Tensor]:

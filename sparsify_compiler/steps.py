@@ -21,18 +21,24 @@ Precision = Literal["float32", "bfloat16"]
 class Allocate:
     """Give sites sparsities of their own, in [0, 1), their mean over weights the one asked for; free patterns only.
 
-    `by` is "owl" (outliers of each segment, Yin et al. 2023) or "error-curve" (the layer error at several sparsities).
-    No site moves further than `spread` from the asked sparsity.
+    `by` is "owl" (outliers of each segment, Yin et al. 2023) or "error-curve" (the layer error at several sparsities,
+    weighed by what it does to the model's outputs). No site moves further than `spread` from the asked sparsity.
+
+    `weigh` is read by "error-curve" alone. "gradients" predicts all effects from one backward pass a batch; "outputs"
+    measures each by running the model from the site on, which takes hours on hundreds of sites but needs no gradients.
     """
 
     by: Literal["owl", "error-curve"] = "error-curve"
     spread: float = 0.1
+    weigh: Literal["gradients", "outputs"] = "gradients"
 
     def __post_init__(self) -> None:
         if self.by not in ("owl", "error-curve"):
             raise ValueError(f"by {self.by!r}: choose owl or error-curve")
         if not 0 < self.spread < 1:
             raise ValueError(f"spread {self.spread}: must lie in (0, 1), the furthest a site's sparsity may move")
+        if self.weigh not in ("gradients", "outputs"):
+            raise ValueError(f"weigh {self.weigh!r}: choose gradients or outputs")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import output_rows, row_chunks
 from sparsify_compiler.graph import DifferentiableGraph, Layout, Site
 from sparsify_compiler.passes.gradients import ModelLoss, backpropagate
+from sparsify_compiler.passes.taps import Taps
 from sparsify_compiler.problem import Expansion, Gram
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.statistics import SLICE_ROWS, add_gram
@@ -74,12 +75,12 @@ def expand(
         progress("gradient of the model's loss", number, len(batches))
         terms += loss.count(batch)
         probe = loss.probe(batch, number)
-        watch = _Watch(squares, padding(batch))
+        taps = _taps(sites, squares, padding(batch))
         if probe is None:
-            value, found = backpropagate(graph, batch, loss.objective(batch), sites, None, watch.read, watch.made)
+            value, found = backpropagate(graph, batch, loss.objective(batch), sites, None, taps.read, taps.made)
         else:
             value, found = backpropagate(graph, batch, loss.objective(batch), sites)
-            value += backpropagate(graph, batch, probe, sites, None, watch.read, watch.made)[0]
+            value += backpropagate(graph, batch, probe, sites, None, taps.read, taps.made)[0]
         if not math.isfinite(value):
             raise CalibrationError(
                 f"the model's loss is {value} on calibration batch {number}; check the data, the model's dtype and the "
@@ -134,19 +135,7 @@ class _Squares:
         return SiteExpansion(gradient, curvature, lower + lower.tril(-1).mT, self.tokens)
 
 
-class _Watch:
-    """Catches, on one batch, what every site reads and the gradient by what it makes of it."""
-
-    def __init__(self, squares: Mapping[str, _Squares], hidden: Padding | None) -> None:
-        self._squares = squares
-        self._hidden = hidden
-        self._read: dict[str, Tensor] = {}
-
-    def read(self, reads: str, x: Tensor) -> None:
-        self._read[reads] = x.detach()
-
-    def made(self, name: str, y: Tensor) -> None:
-        if name in self._squares:
-            squares = self._squares[name]
-            x = self._read[squares.site.reads]
-            y.register_hook(lambda gradient: squares.add(x, gradient.detach(), self._hidden))  # type: ignore[no-untyped-call]
+def _taps(sites: Mapping[str, Site], squares: Mapping[str, _Squares], hidden: Padding | None) -> Taps:
+    """Return observers of one batch that add to `squares`."""
+    watched = {name: site for name, site in sites.items() if name in squares}
+    return Taps(watched, lambda name, x, gradient: squares[name].add(x, gradient, hidden))

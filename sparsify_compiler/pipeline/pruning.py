@@ -11,11 +11,11 @@ from sparsify_compiler.errors import ModelError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
-from sparsify_compiler.passes.allocate import allocate
 from sparsify_compiler.passes.permute import permute_channels
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
+from sparsify_compiler.pipeline.allocation import allocate_sites
 from sparsify_compiler.pipeline.environment import environment
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.own_loss import OwnLoss, own_loss
@@ -135,7 +135,7 @@ class _Pruning:
         if settings is None:
             return
         with job.stage("allocate"):
-            allocation = allocate(self._graph, self._data, self._decisions, settings, job.progress)
+            allocation = allocate_sites(self._graph, self._data, self._decisions, settings, job.heldout, job.progress)
         self._decisions = allocation.decisions
         job.notes.extend(allocation.notes)
 

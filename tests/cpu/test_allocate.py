@@ -19,17 +19,19 @@ from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.export.report_html import report_html
 from sparsify_compiler.export.report_text import report_text
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
-from sparsify_compiler.passes.allocate import Allocation, allocate, outlier_share
+from sparsify_compiler.passes.allocate import Allocation, outlier_share
 from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
-from sparsify_compiler.passes.error_curves import Outputs, cost_curve, dense_walk
+from sparsify_compiler.passes.error_curves import Outputs, dense_walk, growth
 from sparsify_compiler.passes.prune.alps import ALPS
 from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.solve import prune_with
+from sparsify_compiler.pipeline.allocation import allocate_sites
 from sparsify_compiler.pipeline.job import Job
+from sparsify_compiler.pipeline.pruning import prune_graph
 from sparsify_compiler.pipeline.rounds import forward_of_graph
 from sparsify_compiler.plan import Decision, decide
-from sparsify_compiler.problem import LayerProblem, Pruner
+from sparsify_compiler.problem import Gram, LayerProblem, Pruner
 from sparsify_compiler.progress import silent
 from sparsify_compiler.recipe import Rule
 from sparsify_compiler.steps import Allocate
@@ -43,7 +45,7 @@ def decisions_of(graph: TorchGraph, *rules: Rule) -> tuple[Decision, ...]:
 
 
 def allocated(graph: TorchGraph, batches: Sequence[Tensor], step: Allocate, *rules: Rule) -> Allocation:
-    return allocate(graph, batches, decisions_of(graph, *rules), step)
+    return allocate_sites(graph, batches, decisions_of(graph, *rules), step, None, silent)
 
 
 def sparsities(decisions: Sequence[Decision]) -> dict[str, float]:
@@ -158,9 +160,9 @@ def test_owl_spares_segments_with_outliers_in_proportion() -> None:
         )  # counts are whole
 
 
-@pytest.mark.parametrize("by", ["owl", "error-curve"])
+@pytest.mark.parametrize("step", [Allocate("owl"), Allocate(), Allocate(weigh="outputs")])
 @pytest.mark.parametrize("sparsity", [0.05, 0.37, 0.5, 0.93])
-def test_the_total_is_that_of_the_rules_and_nothing_moves_beyond_the_spread(by: str, sparsity: float) -> None:
+def test_the_total_is_that_of_the_rules_and_nothing_moves_beyond_the_spread(step: Allocate, sparsity: float) -> None:
     module, batches = seeded(Cnn), image_batches()
     graph = trace_module(module, batches[0])
     rules = (
@@ -169,7 +171,7 @@ def test_the_total_is_that_of_the_rules_and_nothing_moves_beyond_the_spread(by: 
     )
     before = decisions_of(graph, *rules)
     dense = {site.name: graph.weight(site) for site in graph.sites if site.layout}
-    found = allocated(graph, batches, Allocate(by, 0.1), *rules)  # type: ignore[arg-type]
+    found = allocated(graph, batches, step, *rules)
     assert all(torch.equal(graph.weight(site), dense[site.name]) for site in graph.sites if site.layout)
     kept = [prune_layerwise(Walk(graph_, batches, each)) for graph_, each in _both(module, batches, before, found)]
     counts = [sum(int(outcome.keep.sum()) for outcome in outcomes.values()) for outcomes in kept]
@@ -195,7 +197,7 @@ def test_methods_that_prune_by_rows_move_by_whole_columns_and_the_notes_say_what
     module, batches = seeded(Mlp, depth=2), mlp_batches()
     graph = trace_module(module, batches[0])
     before = decisions_of(graph, sc.make_rule("*", sc.Unstructured(), method, 0.5))
-    found = allocate(graph, batches, before, Allocate("error-curve", 0.2))
+    found = allocate_sites(graph, batches, before, Allocate("error-curve", 0.2), None, silent)
     outcomes = prune_layerwise(Walk(graph, batches, found.decisions))
     removed = {name: outcome.keep.numel() - int(outcome.keep.sum()) for name, outcome in outcomes.items()}
     for decision in found.decisions:
@@ -213,7 +215,7 @@ def test_wanda_compares_blocks_of_a_whole_layer_and_moves_by_single_ones() -> No
     module, batches = seeded(Mlp, depth=2, width=48, inner=48), [torch.randn(3, 48) for _ in range(2)]
     graph = trace_module(module, batches[0])
     before = decisions_of(graph, sc.make_rule("blocks.*", sc.Block(16, 16), sc.Wanda(), 0.5))
-    found = allocate(graph, batches, before, Allocate("owl", 0.3))
+    found = allocate_sites(graph, batches, before, Allocate("owl", 0.3), None, silent)
     outcomes = prune_layerwise(Walk(graph, batches, found.decisions))
     removed = sum(outcome.keep.numel() - int(outcome.keep.sum()) for outcome in outcomes.values())
     assert removed == 4 * round(9 * 0.5) * 256  # as many blocks of nine as the rule takes from every layer
@@ -253,21 +255,33 @@ def test_hidden_tokens_do_not_count_in_the_output_error() -> None:
     assert Outputs(graph, [batch]).moved(site, new) == pytest.approx(float(error), rel=1e-5)
 
 
-def test_a_cost_curve_is_the_output_error_at_the_asked_sparsity_times_the_growth_of_the_layer_error() -> None:
+def test_a_cost_curve_is_the_effect_at_the_asked_sparsity_times_the_growth_of_the_layer_error() -> None:
     module, batches = seeded(Mlp, depth=2), mlp_batches()
     graph = trace_module(module, batches[0])
     (_, problems), *_ = dense_walk(graph, batches, decisions_of(graph), sc.SparseGPT(), silent)
-    asked: list[Tensor] = []
-    curve = cost_curve(problems, Share(2048, 1, 1024, 820, 1228), lambda weight: asked.append(weight) or 7.0)  # type: ignore[func-returns-value]
+    grown = growth(problems, Share(2048, 1, 1024, 820, 1228))
     losses = {s: prune_with(replace(problems[0], sparsity=s), sc.SparseGPT(), False) for s in (820 / 2048, 0.5)}
-    assert [float((weight == 0).float().mean()) for weight in asked] == [0.5]
-    assert torch.equal(asked[0][0], losses[0.5].weight)
+    assert torch.equal(grown.weight[0], losses[0.5].weight)
+    curve = grown.curve(7.0)
     assert curve(0.5) == pytest.approx(7.0)
     assert curve(820 / 2048) == pytest.approx(7.0 * losses[820 / 2048].loss / losses[0.5].loss)  # type: ignore[operator]
     assert curve(0.4) < curve(0.5) < curve(0.55)
 
 
-def test_error_curves_take_from_what_hardly_matters_and_the_outputs_gain_on_other_data() -> None:
+def test_a_site_whose_asked_sparsity_costs_nothing_is_weighed_at_the_highest_and_zero_weights_are_free() -> None:
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = Gram(x.T @ x / 32, 32)
+    half = LayerProblem("half", torch.tensor([[1.0, 0.0, 0.0, 2.0]]), sc.Unstructured(), 0.5, gram=gram)
+    grown = growth([half], Share(4, 1, 2, 1, 3))
+    assert (grown.errors[:2], grown.reference) == ((0.0, 0.0), 2)
+    assert int((grown.weight == 0).sum()) == 3
+    assert [grown.curve(5.0)(s) for s in (0.25, 0.5, 0.75)] == [0.0, 0.0, 5.0]
+    zero = replace(half, weight=torch.zeros(1, 4))
+    assert growth([zero], Share(4, 1, 2, 1, 3)).curve(5.0)(0.75) == 0.0
+
+
+@pytest.mark.parametrize("weigh", ["gradients", "outputs"])
+def test_error_curves_take_from_what_hardly_matters_and_the_outputs_gain_on_other_data(weigh: str) -> None:
     module, data = seeded(Slanted), mlp_batches(6)
     batches, other = data[:4], data[4:]
     errors = {}
@@ -275,7 +289,8 @@ def test_error_curves_take_from_what_hardly_matters_and_the_outputs_gain_on_othe
         graph = trace_module(module, batches[0])
         decisions: Sequence[Decision] = decisions_of(graph)
         if spread is not None:
-            decisions = allocate(graph, batches, decisions, Allocate("error-curve", spread)).decisions
+            step = Allocate("error-curve", spread, weigh)  # type: ignore[arg-type]
+            decisions = allocate_sites(graph, batches, decisions, step, None, silent).decisions
             given = sparsities(decisions)
             assert given["inner.blocks.2.down"] == given["inner.blocks.2.up"] == pytest.approx(0.7, abs=1 / 2048)
             assert given["inner.blocks.0.down"] < 0.4
@@ -294,7 +309,7 @@ def test_fixed_patterns_are_refused_alone_and_left_out_beside_others() -> None:
     given = sparsities(found.decisions)
     assert {given[name] for name in given if "up" not in name} == {0.5}
     assert given["blocks.0.up"] + given["blocks.1.up"] == pytest.approx(2 * round(0.6 * 2048) / 2048)
-    assert found.notes[-1] == "allocate: 2 sites of fixed patterns were left out"
+    assert found.notes[-2] == "allocate: 2 sites of fixed patterns were left out"
 
 
 def test_a_spread_above_the_sparsity_may_leave_a_site_dense() -> None:
@@ -321,8 +336,11 @@ def test_data_that_says_nothing_is_refused() -> None:
             return self.inner(x).argmax(-1)
 
     graph = trace_module(seeded(Best), batches[0])
+    rule = sc.make_rule("inner", sc.Unstructured(), sc.SparseGPT(), 0.5)
+    with pytest.raises(CalibrationError, match=r'relative error.*on calibration batch 0: their size is 0.*by = "owl"'):
+        allocated(graph, batches, Allocate(), rule)
     with pytest.raises(CalibrationError, match=r'sum of squares 0 on 3 batches.*by = "owl"'):
-        allocated(graph, batches, Allocate(), sc.make_rule("inner", sc.Unstructured(), sc.SparseGPT(), 0.5))
+        allocated(graph, batches, Allocate(weigh="outputs"), rule)
 
 
 def recipe(rounds: int = 1) -> sc.Recipe:
@@ -369,7 +387,7 @@ def test_generated_inputs_are_refused() -> None:
     graph = trace_module(seeded(Mlp), mlp_batches(1)[0])
     job = Job("model", magnitude, sc.Options(), mlp_batches(1), True, None, silent, None)
     with pytest.raises(DataError, match=r"\[allocate\] needs calibration data"):
-        job.prune(graph)
+        prune_graph(job, graph)
 
 
 def test_a_killed_run_allocates_again_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
