@@ -139,17 +139,18 @@ class _Runner:
 
     def _dense_row(self) -> TableRow:
         with peak_memory(self._options.torch_device()) as peak:
-            quality = self._measure(self._forward)
+            quality = self._measure(self._forward, DENSE)
         return TableRow(DENSE, "", False, 0, 0.0, 0, None, 0.0, peak.bytes, quality)
 
     def _row(self, number: int, draw: Draw, trial: Trial, key: str) -> TableRow:
+        label = f"{trial.words}, draw {number}"
         points: list[tuple[Quality, ...]] = []
         watched = 0.0
 
         def watch(forward: Forward) -> None:
             nonlocal watched
             start = time.perf_counter()
-            points.append(self._measure(forward))
+            points.append(self._measure(forward, label))
             watched += time.perf_counter() - start
 
         def before(forward: Forward, outcomes: Mapping[str, SiteOutcome]) -> None:
@@ -158,15 +159,15 @@ class _Runner:
             self._log.row(key + BEFORE, lambda: self._before(trial, number, forward, outcomes, since - start - watched))
             watched += time.perf_counter() - since
 
-        job = Job(
-            self._subject.name, trial.recipe, self._options, draw.batches, False, None, self._inner(trial, number), None
-        )
+        job = Job(self._subject.name, trial.recipe, self._options, draw.batches, False, None, self._inner(label), None)
         job.watch_round, job.watch_pruned, job.segments = watch, before, self._log.segments(key)
+        if self._options.resume and job.segments is not None and job.segments.exists():
+            job.notes.append("gone on with after an interruption: its seconds count from then")
         start = time.perf_counter()
         with peak_memory(self._options.torch_device()) as peak:
             pruned = prune_torch(job, self._model)
         seconds = time.perf_counter() - start - watched
-        without = self._measure(module_forward(pruned.module)) if self._batchnorm else ()
+        without = self._measure(module_forward(pruned.module), label) if self._batchnorm else ()
         finish_torch(job, pruned)
         chosen = {each.number for each in job.rounds if each.chosen}
         return TableRow(
@@ -179,7 +180,7 @@ class _Runner:
             error=_error(pruned.outcomes),
             seconds=round(seconds, 3),
             peak_memory_bytes=peak.bytes,
-            quality=self._measure(module_forward(pruned.module)),
+            quality=self._measure(module_forward(pruned.module), label),
             without=without,
             rounds=tuple(RoundPoint(t, quality, t in chosen) for t, quality in enumerate(points, 1)),
             notes=tuple(dict.fromkeys((*job.notes, *_site_notes(pruned.outcomes)))),
@@ -199,16 +200,16 @@ class _Runner:
             error=_error(outcomes),
             seconds=round(seconds, 3),
             peak_memory_bytes=peak_memory_bytes(),
-            quality=self._measure(forward),
+            quality=self._measure(forward, f"{trial.words}, draw {number}"),
         )
 
-    def _measure(self, forward: Forward) -> tuple[Quality, ...]:
+    def _measure(self, forward: Forward, label: str) -> tuple[Quality, ...]:
         pairs = zip(self._sets, self._beside, strict=True)
-        return tuple(quality for data, dense in pairs for quality in measure(dense, forward, data, silent))
+        inner = self._inner(label)
+        return tuple(quality for data, dense in pairs for quality in measure(dense, forward, data, inner))
 
-    def _inner(self, trial: Trial, number: int) -> Progress:
+    def _inner(self, label: str) -> Progress:
         """Say in the bar of the rows which stage of a row is running."""
-        label = f"{trial.words}, draw {number}"
         return lambda stage, done, total: self._progress(
             f"rows: {label}: {stage} {done}/{total}", self._done, self._count
         )

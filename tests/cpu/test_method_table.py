@@ -253,6 +253,9 @@ def test_a_row_that_is_distilled_is_shown_before_it_too_and_goes_on_in_the_middl
     assert [row.quality for row in resumed.rows] == [row.quality for row in whole.rows]
     assert not any("distill, " in stage and " 0/3" in stage for stage in stages)
     assert not (tmp_path / "cut" / "unfinished").exists()
+    gone_on = "gone on with after an interruption: its seconds count from then"
+    assert gone_on in resumed.rows[1].notes
+    assert gone_on not in whole.rows[1].notes
 
 
 def test_rows_of_another_model_or_a_damaged_file_are_not_taken(model: nn.Module, tmp_path: Path) -> None:
