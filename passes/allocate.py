@@ -15,19 +15,18 @@ from fractions import Fraction
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import CalibrationError, RecipeError
 from sparsify_compiler.graph import Graph, Site
-from sparsify_compiler.passes.budget import Curve, Share, fill, round_to_units
-from sparsify_compiler.passes.error_curves import Growth, Outputs, dense_walk, growth
+from sparsify_compiler.passes.budget import Share, fill, round_to_units
+from sparsify_compiler.passes.error_curves import dense_walk
 from sparsify_compiler.passes.prune.iobs_layer import IOBS, SOLVERS
 from sparsify_compiler.passes.prune.quadratic import tile_of
-from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.sensitivity import Sensitivity
+from sparsify_compiler.passes.weigh import Weighed, weighed_by_gradients, weighed_by_outputs
 from sparsify_compiler.pattern import Block, Pattern
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, Pruner
@@ -37,12 +36,6 @@ from sparsify_compiler.steps import Allocate
 
 OUTLIER = 5.0
 """A weight is an outlier where |w| · ‖x‖ is so many times its segment's mean: M of the paper, its value for Llama."""
-
-MEASURED = 4
-"""Calibration batches on which a site's effect on the outputs is measured; each costs half a run a site."""
-
-DIFFERENTIATED = 16
-"""Calibration batches through which gradients are taken; each costs about five runs of the model for all sites."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,8 @@ def allocate(
     what their rule asks for.
 
     Raises:
-        RecipeError: every pruned site has a pattern that fixes its sparsity.
+        RecipeError: every pruned site has a pattern that fixes its sparsity, or gradients are asked of a model that
+            gives none.
         CalibrationError: no batches, none that reaches a site, statistics that are not finite, or outputs that hold
             nothing to measure.
         SingularGramError: as SparseGPT, which gives the curves.
@@ -92,10 +86,10 @@ def allocate(
         removed, notes = _by_outliers(dense_walk(graph, batches, free, Wanda(), progress), shares, step.spread)
     else:
         if step.weigh == "outputs":
-            weighed = _weighed_by_outputs(graph, batches, free, shares, progress)
+            weighed = weighed_by_outputs(graph, batches, free, shares, progress)
         else:
             assert sensitivity is not None, "weigh by gradients, and no way to take them was given"
-            weighed = _weighed_by_gradients(sensitivity(), graph, batches, free, shares, progress)
+            weighed = weighed_by_gradients(sensitivity, graph, batches, free, shares, progress)
         removed, notes = _by_curves(weighed, shares)
     if not removed:
         raise CalibrationError(
@@ -203,17 +197,7 @@ def outlier_share(problems: Sequence[LayerProblem]) -> float:
     return sum(int((score > bar).sum()) for score in scores) / count
 
 
-@dataclass(frozen=True)
-class _Weighed:
-    """Costs by site name; `words` say what they are and `how` they were found."""
-
-    costs: Mapping[str, Curve]
-    words: str = ""
-    how: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def _by_curves(weighed: _Weighed, shares: Mapping[str, Share]) -> tuple[dict[str, int], list[str]]:
+def _by_curves(weighed: Weighed, shares: Mapping[str, Share]) -> tuple[dict[str, int], list[str]]:
     """Return the weights each site loses so that the sum of the sites' costs is least."""
     costs = weighed.costs
     if not costs:
@@ -229,56 +213,3 @@ def _by_curves(weighed: _Weighed, shares: Mapping[str, Share]) -> tuple[dict[str
         f"{sums[1]:.4g} as asked (predicted from SparseGPT's layer errors and {weighed.how})",
         *weighed.notes,
     ]
-
-
-def _weighed_by_outputs(
-    graph: Graph,
-    batches: Sequence[Batch],
-    decisions: Sequence[Decision],
-    shares: Mapping[str, Share],
-    progress: Progress,
-) -> _Weighed:
-    """Measure what every site does to the outputs, running the model from the site on."""
-    costs: dict[str, Curve] = {}
-    outputs: Outputs | None = None
-    for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
-        outputs = outputs or Outputs(graph, batches[:MEASURED])  # the walk has refused batches that do not fit by now
-        grown = growth(problems, shares[site.name])
-        costs[site.name] = grown.curve(outputs.moved(site, grown.weight))
-    if outputs is None:
-        return _Weighed({})
-    return _Weighed(costs, "relative error of the outputs", f"{outputs.count} batches")
-
-
-def _weighed_by_gradients(
-    sensitivity: Sensitivity,
-    graph: Graph,
-    batches: Sequence[Batch],
-    decisions: Sequence[Decision],
-    shares: Mapping[str, Share],
-    progress: Progress,
-) -> _Weighed:
-    """Predict what every site does to the outputs, all of them from the same backward passes.
-
-    The changes of all weights are held on the host meanwhile: 4 bytes a weight.
-    """
-    grown: dict[str, Growth] = {}
-    changes: dict[str, tuple[Site, Tensor]] = {}
-    for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
-        found = growth(problems, shares[site.name])
-        change = found.weight - torch.stack([problem.weight for problem in problems])
-        changes[site.name] = site, change.cpu()
-        grown[site.name] = replace(found, weight=change.new_empty(0))
-    used = batches[:DIFFERENTIATED]
-    effects = sensitivity.effects(used, changes, progress)
-    costs = {name: each.curve(effects[name]) for name, each in grown.items() if name in effects}
-    lost = [name for name in grown if name not in effects]
-    notes = (
-        (
-            f"allocate: no gradient reaches {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} ({len(lost)} "
-            'sites), which keep what was asked; weigh = "outputs" can weigh them',
-        )
-        if lost
-        else ()
-    )
-    return _Weighed(costs, sensitivity.probe.words, f"gradients on {len(used)} batches", notes)

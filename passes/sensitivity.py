@@ -15,7 +15,8 @@ token of a window has nearly all of their energy (prune/NOTES.md).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,13 +25,29 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsify_compiler.batches import Batch, Padding, padding, sample_count
-from sparsify_compiler.errors import CalibrationError
+from sparsify_compiler.errors import CalibrationError, ModelError, RecipeError
 from sparsify_compiler.frontends.layout import output_rows, row_chunks
 from sparsify_compiler.graph import DifferentiableGraph, Layout, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import ROWS_AT_A_TIME, SMALLEST, sums_to_one
 from sparsify_compiler.passes.taps import Taps
 from sparsify_compiler.progress import Progress, silent
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Say what to do where a model gives no gradients: a ModelError inside becomes a RecipeError.
+
+    It is refused, not weighed by its outputs instead: that takes some hundred times as long on a large model, and gives
+    other sparsities; whoever runs it should choose.
+    """
+    try:
+        yield
+    except ModelError as error:
+        raise RecipeError(
+            '[allocate]: weigh = "gradients" cannot be had of this model; set weigh = "outputs", which measures site '
+            f'by site and takes long on large models, or by = "owl" ({error})'
+        ) from error
 
 
 class Probe(Protocol):
@@ -117,10 +134,10 @@ class Sensitivity:
 
     The sum over t in the module's formula runs over the rows of one sample: one token each in a language model, or the
     positions of an image. What two samples share vanishes in the mean, as their parts of v are independent, so this is
-    exact but for the draw. A language model has few samples and many tokens: `by_token` squares each row by itself,
-    Eschenhagen et al. 2023's setting "expand" against "reduce". That leaves out what the errors of two tokens do
-    together and is far less noisy; measured figures of both are in prune/NOTES.md. Uses of a weight in one pass are
-    squared one by one, and so are rows that cannot be told to samples (those that an expert is sent).
+    exact but for the draw, also where a weight is used several times. A language model has few samples and many tokens:
+    `by_token` squares every row of every use by itself, as Eschenhagen et al. 2023 do in their setting "expand". That
+    leaves out what the errors of two tokens do together and is far less noisy; measured figures of both are in
+    prune/NOTES.md. Rows that cannot be told to samples (those that an expert is sent) are squared one by one as well.
     """
 
     graph: DifferentiableGraph
@@ -131,52 +148,64 @@ class Sensitivity:
     ) -> dict[str, float]:
         """Return the distance when one site alone is changed, by site name; sites that no gradient reaches left out.
 
+        A gradient of nothing but zeros counts as none: rounding gives that where the outputs do move.
         `changes` (groups, out, in) float32 are Δ by site name. A batch is run twice forwards and once backwards.
         Memory beside the changes: that of `backpropagate`, and one segment's inputs.
 
         Raises:
+            RecipeError: a segment cannot be run with gradients.
             CalibrationError: the outputs hold nothing to measure, or numbers are not finite.
         """
         squares: dict[str, Tensor] = {}
         size = 0.0
         for number, batch in enumerate(batches):
             progress("allocate: gradients of the outputs", number, len(batches))
-            size += self._add(squares, batch, number, changes)
+            size += self._add_batch(squares, batch, number, changes)
         progress("allocate: gradients of the outputs", len(batches), len(batches))
+        if not size:
+            raise self._unmeasurable(f"{len(batches)} calibration batches", size)
         found = {name: float(square) / size for name, square in squares.items()}
         for name, effect in found.items():
             if not math.isfinite(effect):
-                raise CalibrationError(
-                    f"[allocate]: the gradient by what {name!r} returns is not finite; check the data"
-                )
-        return found
+                raise CalibrationError(f"[allocate]: the gradients at {name!r} are not finite; check the data")
+        return {name: effect for name, effect in found.items() if effect or not changes[name][1].any()}
 
-    def _add(
+    def _unmeasurable(self, where: str, size: float) -> CalibrationError:
+        return CalibrationError(
+            f"[allocate]: no {self.probe.words} can be taken on {where}, whose size is {size:g}: none is floating "
+            'point, or they are not finite, or all zero; check the data, or allocate by = "owl"'
+        )
+
+    def _add_batch(
         self, squares: dict[str, Tensor], batch: Batch, number: int, changes: Mapping[str, tuple[Site, Tensor]]
     ) -> float:
         """Add one batch's Σ (vᵀ J vec(Δ))² to `squares` by site name, and return the size of its outputs."""
-        hidden, runs = padding(batch), None if self.probe.by_token else sample_count(batch)
+        hidden, samples = padding(batch), sample_count(batch)
         size = 0.0
+        by_sample: dict[str, Tensor] = {}
 
         def objective(outputs: tuple[Tensor, ...]) -> Tensor:
             nonlocal size
             value, size = self.probe.draw(outputs, hidden, number)
-            if not (size and math.isfinite(size) and math.isfinite(float(value.detach()))):
-                raise CalibrationError(
-                    f"[allocate]: the {self.probe.words} cannot be measured on calibration batch {number}: their size "
-                    f'is {size:g}; check the data, or allocate by = "owl"'
-                )
+            if not value.requires_grad or not math.isfinite(size + float(value.detach())):
+                raise self._unmeasurable(f"calibration batch {number}", size)
             return value
 
         def tap(name: str, x: Tensor, gradient: Tensor) -> None:
             site, change = changes[name]
             assert site.layout is not None
-            square = _squared(along(change.to(x.device), site.layout, x, gradient), runs)
-            squares[name] = squares[name] + square if name in squares else square
+            moved = along(change.to(x.device), site.layout, x, gradient)
+            if self.probe.by_token or len(moved) % samples:
+                _add(squares, name, moved.square().sum())
+            else:
+                _add(by_sample, name, moved.view(samples, -1).sum(1))
 
         sites = {name: site for name, (site, _) in changes.items()}
         taps = Taps(sites, tap)
-        backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made)
+        with refusing():
+            backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made)
+        for name, moved in by_sample.items():
+            _add(squares, name, moved.square().sum())
         return size
 
 
@@ -193,8 +222,5 @@ def along(change: Tensor, layout: Layout, x: Tensor, gradient: Tensor) -> Tensor
     return torch.cat(parts)
 
 
-def _squared(moved: Tensor, runs: int | None) -> Tensor:
-    """Return Σ (Σ of a run)² for so many equal runs of `moved` (rows,); of single rows for None, or where none fit."""
-    if runs is not None and len(moved) % runs == 0:
-        moved = moved.view(runs, -1).sum(1)
-    return moved.square().sum()
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

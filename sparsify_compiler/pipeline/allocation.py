@@ -8,12 +8,11 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.boundaries import Boundaries
-from sparsify_compiler.errors import ModelError, RecipeError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import Graph
 from sparsify_compiler.passes.allocate import Allocation, allocate
-from sparsify_compiler.passes.sensitivity import DivergenceProbe, ErrorProbe, Sensitivity
+from sparsify_compiler.passes.sensitivity import DivergenceProbe, ErrorProbe, Sensitivity, refusing
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model
 from sparsify_compiler.pipeline.refine import differentiable
 from sparsify_compiler.plan import Decision
@@ -32,12 +31,10 @@ def allocate_sites(
     """Run `passes.allocate` on the dense graph.
 
     Gradients are those of the KL divergence where the model is a causal language model, or a classifier that labels
-    came with; else of the outputs' relative error. A model without gradients is refused, not weighed by its outputs
-    instead: that takes some hundred times as long, which whoever runs it should choose.
+    came with; else of the outputs' relative error.
 
     Raises:
-        RecipeError: gradients are asked for, and the graph gives none; or as `allocate`.
-        CalibrationError: as `allocate`.
+        RecipeError, CalibrationError, SingularGramError: as `allocate`.
     """
     labelled = heldout is not None and heldout.labels is not None
     found = allocate(graph, batches, decisions, step, progress, partial(_sensitivity, graph, batches, labelled))
@@ -49,13 +46,8 @@ def allocate_sites(
 
 
 def _sensitivity(graph: Graph, batches: Sequence[Batch], labelled: bool) -> Sensitivity:
-    try:
+    with refusing():
         trained = differentiable(graph)
-    except ModelError as error:
-        raise RecipeError(
-            f'[allocate] weighs sites by gradients, and {error}; or set weigh = "outputs", which measures site by site '
-            'and takes long on large models, or by = "owl"'
-        ) from error
     language = is_language_model(_walked(graph), batches[0])
     return Sensitivity(trained, DivergenceProbe(by_token=language) if language or labelled else ErrorProbe())
 

@@ -337,7 +337,7 @@ def test_data_that_says_nothing_is_refused() -> None:
 
     graph = trace_module(seeded(Best), batches[0])
     rule = sc.make_rule("inner", sc.Unstructured(), sc.SparseGPT(), 0.5)
-    with pytest.raises(CalibrationError, match=r'relative error.*on calibration batch 0: their size is 0.*by = "owl"'):
+    with pytest.raises(CalibrationError, match=r'no relative error.*batch 0, whose size is 0:.*by = "owl"'):
         allocated(graph, batches, Allocate(), rule)
     with pytest.raises(CalibrationError, match=r'sum of squares 0 on 3 batches.*by = "owl"'):
         allocated(graph, batches, Allocate(weigh="outputs"), rule)

@@ -70,7 +70,7 @@ def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
     recipe = Recipe(
         (make_rule("*", NM(2, 4), Magnitude(), swaps=3),),
         rounds=2,
-        allocate=Allocate("owl", 0.05),
+        allocate=Allocate("error-curve", 0.05, "outputs"),
         permute=Permute(3),
         finetune=FineTune(2, 1e-4, 4, masked=True),
         reconstruct=Reconstruct(precision="bfloat16"),
@@ -78,6 +78,9 @@ def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
     )
     assert parse_recipe(format_recipe(recipe), METHODS) == recipe
     assert parse_recipe(RULE + "[distill]\nrate = 0.001", METHODS).distill == Distill(rate=0.001)
+    assert parse_recipe(RULE + '[allocate]\nby = "error-curve"\nspread = 0.2', METHODS).allocate == Allocate(
+        spread=0.2, weigh="gradients"
+    )
     assert parse_recipe(RULE, METHODS).steps() == {}
 
 
@@ -107,6 +110,7 @@ RULE = '[[rule]]\npattern = "2:4"\nmethod = "magnitude"\n'
         ('[distill]\nprecision = "float16"\n' + RULE, r"\[distill\]: precision 'float16': choose float32 or bfloat16"),
         ("[reconstruct]\nprecision = 16\n" + RULE, r"\[reconstruct\]: precision must be like 'float32', found 16"),
         ('[allocate]\nby = "luck"\n' + RULE, r"\[allocate\]: by 'luck': choose owl or error-curve"),
+        ('[allocate]\nweigh = "luck"\n' + RULE, r"\[allocate\]: weigh 'luck': choose gradients or outputs"),
         ("[finetune]\n" + RULE, "finetune stands between rounds, and there is one"),
         (RULE + "swaps = -1", "swaps -1 must be at least 0"),
         ("rule = 3", r"the recipe: write each rule as a table \[\[rule\]\]"),
