@@ -91,6 +91,12 @@ def own_loss(
         held = sum(4 * s.groups * s.out * s.in_ for s in asked.values())
         held += sum(8 * asked[name].groups * asked[name].in_ ** 2 for name in weighing)
         notes.append(f"woodtaylor: {size(held)} more held the gradient and the curvature of all its sites")
+    if needing and recipe.rounds == 1 and not language:
+        notes.append(
+            "woodtaylor: its one round begins at the dense model, whose distance to its own outputs has no gradient: "
+            "no step was taken, its solver alone pruned, with rows weighed by what they do to the outputs; ask for "
+            "more rounds for steps"
+        )
     tune = None if recipe.finetune is None else partial(_tune, trained, sites, loss, recipe.finetune, progress)
     return OwnLoss(expansions if needing else None, tune, tuple(notes))
 

@@ -199,6 +199,23 @@ def test_one_round_of_woodtaylor_takes_the_gradient_too() -> None:
     _, report = sc.compile(seeded(Causal), batches, recipe=recipe(WoodTaylor(), 1), options=sc.Options(tokens=(1,)))
     assert any(note.startswith("the model's own loss is the cross-entropy") for note in report.notes)
     assert not any("no gradient" in note for site in report.sites for note in site.notes)
+    assert not any("no step was taken" in note for note in report.notes)
+
+
+def test_one_round_of_woodtaylor_without_a_gradient_takes_no_step_and_the_report_says_so() -> None:
+    asked, batches = [recipe(WoodTaylor(), rounds) for rounds in (1, 2)], mlp_batches(4)
+    notes = []
+    for each in asked:
+        _, report = sc.compile(seeded(Mlp, depth=1), batches, recipe=each, options=sc.Options(tokens=(1,)))
+        notes.append([note for note in report.notes if note.startswith("woodtaylor: its one round")])
+    assert [len(found) for found in notes] == [1, 0]
+    assert "no step was taken, its solver alone pruned" in notes[0][0]
+    # and it is true: the target of the solver is the dense weight
+    graph = traced(seeded(Mlp, depth=1), batches[0])
+    loss = own_loss(graph, decide(asked[0], graph.sites), asked[0], batches, silent)
+    assert loss.expand is not None
+    for expansion in loss.expand(batches, {}).values():
+        assert float(expansion.gradient.abs().max()) < 1e-6 * float(expansion.output_curvature.max())
 
 
 def test_a_run_stopped_in_its_second_round_resumes_to_the_same_bytes(tmp_path: Path) -> None:
