@@ -15,10 +15,11 @@ Status = Literal["pruned", "dense", "refused"]
 class SiteReport:
     """One site. `loss_*` are per token and None without a Gram matrix; `relative_error` is loss / ‖XWᵀ‖².
 
-    `kernel` is what the torch module runs ("dense" where dense won); `refused_kernels` maps each other kernel to its
-    reason; `variants` is what the kernel was told by token count and `kernel_bytes` what each candidate keeps for the
-    weight; `asked_sparsity` is the recipe's where the site was given one of its own; `damp` is the largest ridge that
-    was needed, as a share of the Gram's mean diagonal.
+    Both are those of the weight that pruning left, before a step that trains moved it. `kernel` is what the torch
+    module runs ("dense" where dense won); `refused_kernels` maps each other kernel to its reason; `variants` is what
+    the kernel was told by token count and `kernel_bytes` what each candidate keeps for the weight; `asked_sparsity` is
+    the recipe's where the site was given one of its own; `damp` is the largest ridge that was needed, as a share of the
+    Gram's mean diagonal.
     """
 
     name: str
@@ -84,9 +85,10 @@ class RoundReport:
 class StepReport:
     """One part of a `step` of the recipe that trains weights: a segment of [reconstruct], an epoch of [distill].
 
-    `measure` (lower is better) is `before` and `after` it on the calibration batches, and `heldout` on `data`; None
-    where it was not measured. An epoch's `after` is the mean while it trained. Of several epochs the model has the
-    weights of the one that is `kept`; a segment that is not kept has the weights that pruning left.
+    `measure` (lower is better) is `before` and `after` it on the calibration batches, and `heldout` on `data`, which
+    are calibration batches too where there was nothing else to choose by; None where it was not measured. An epoch's
+    `after` is the mean while it trained. Of several epochs the model has the weights of the one that is `kept`; a
+    segment that is not kept has the weights that pruning left.
     """
 
     step: str

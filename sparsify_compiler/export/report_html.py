@@ -17,7 +17,7 @@ from sparsify_compiler.export.report_rows import (
     shape_words,
     weights_removed,
 )
-from sparsify_compiler.export.report_steps import by_step, decision, trained
+from sparsify_compiler.export.report_steps import CHOSEN_BY, by_step, decision, moment, trained
 from sparsify_compiler.runtime.tuning.verdicts import by_reason
 
 
@@ -45,6 +45,8 @@ def report_html(report: Report) -> str:
         share=share,
         missing=missing,
         decision=decision,
+        chosen_by=CHOSEN_BY,
+        moment=moment(report),
         trained=trained,
         anew=anew,
         errors=ERRORS,

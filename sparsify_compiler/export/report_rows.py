@@ -120,7 +120,7 @@ def recipe_words(recipe: str) -> tuple[str, ...]:
         return (recipe,)
     words = [_rule_words(rule) for rule in rules]
     if table.get("rounds", 1) != 1:
-        words.append(f"{table['rounds']} rounds, the best on held-out data kept")
+        words.append(f"{table['rounds']} rounds, the best kept")
     for step, settings in table.items():
         if isinstance(settings, dict):
             words.append(f"{step}: {', '.join(f'{key} {value}' for key, value in settings.items())}")

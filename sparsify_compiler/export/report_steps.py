@@ -11,6 +11,9 @@ from sparsify_compiler.export.report_rounds import missing
 from sparsify_compiler.export.report_rows import printable
 from sparsify_compiler.export.report_table import Column, small, table
 
+CHOSEN_BY = "chosen by"
+"""The heading of the figures that decide: on held-out data, or on calibration data where there was none to spare."""
+
 
 def steps_tables(report: Report, width: int) -> Iterable[RenderableType]:
     """Yield a table for every step that trained, for a terminal of `width` columns."""
@@ -19,7 +22,7 @@ def steps_tables(report: Report, width: int) -> Iterable[RenderableType]:
             Column(step, [Text(printable(each.part)) for each in rows]),
             Column("before", [Text(missing(each.before)) for each in rows], rank=1, right=True),
             Column(trained(rows), [Text(missing(each.after)) for each in rows], right=True),
-            Column("held out", [Text(missing(each.heldout)) for each in rows], right=True),
+            Column(CHOSEN_BY, [Text(missing(each.heldout)) for each in rows], right=True),
             Column("", [Text("kept", style="bold green") if each.kept else Text("") for each in rows]),
         ]
         shown = [column for column in columns if any(cell.plain != "–" for cell in column.cells)]
@@ -35,6 +38,12 @@ def by_step(rows: Iterable[StepReport]) -> dict[str, tuple[StepReport, ...]]:
 def trained(rows: Sequence[StepReport]) -> str:
     """Name the figure on the calibration batches: that of the weights as they ended, or the mean while they moved."""
     return "while training" if rows[0].before is None else "after"
+
+
+def moment(report: Report) -> str:
+    """Say in words when the errors of sites were measured: steps may move the weights after that."""
+    moved = [step for step, rows in by_step(report.steps).items() if any(r.kept and r.after is not None for r in rows)]
+    return "as pruning left it" + (f", before {' and '.join(moved)} moved the weights" if moved else "")
 
 
 def decision(rows: Sequence[StepReport]) -> str:

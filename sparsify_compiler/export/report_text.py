@@ -36,7 +36,7 @@ from sparsify_compiler.export.report_rows import (
     spread,
     weights_removed,
 )
-from sparsify_compiler.export.report_steps import steps_tables
+from sparsify_compiler.export.report_steps import moment, steps_tables
 from sparsify_compiler.export.report_table import Column, bullet, small, table
 
 FOLD_ABOVE = 30
@@ -161,7 +161,7 @@ def _pruned(report: Report, width: int) -> Iterable[RenderableType]:
         Column("runs on", [_kernel(site) for site in first]),
     ]
     yield from table(f"Pruned sites: {len(sites)}{_folded(rows, len(sites))}", columns, width)
-    yield small(Text("error = ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the calibration tokens, as it ended."))
+    yield small(_plain(f"error = ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² over the calibration tokens, {moment(report)}."))
     measured = [site for site in sites if site.relative_error is not None]
     if len(rows) < len(sites) and measured:
         worst = max(measured, key=lambda site: site.relative_error or 0.0)

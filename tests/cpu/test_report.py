@@ -13,6 +13,7 @@ from sparsify_compiler.export.report import (
     Quality,
     Report,
     SiteReport,
+    StepReport,
     Timing,
     Verification,
     report_from_json,
@@ -102,6 +103,40 @@ def deep_report(layers: int = 30) -> Report:
     sites.append(SiteReport("lm_head", "Linear", (96, 32), 1, "dense", reason="the embedding reads it too"))
     sites.append(SiteReport("dw", "Conv1d", (32, 1, 3), 32, "refused", reason="a depthwise convolution"))
     return make_report(tuple(sites))
+
+
+def trained_report(best: int, kept: bool) -> Report:
+    """A segment that reconstruction `kept` or not, and three epochs of distillation of which `best` is kept."""
+    data = "the calibration batches themselves, too few to keep one aside"
+    epochs = [
+        StepReport("distill", f"epoch {n}", "relative error", None, 0.1 if n else None, 0.2, n == best, data)
+        for n in range(3)
+    ]
+    segment = StepReport("reconstruct", "blocks.0", "relative error", 0.3, 0.2, None, kept)
+    return make_report((make_site("fc"),), steps=(segment, *epochs), recipe=f"rounds = 2\n{RECIPE}")
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (make_report((make_site("fc"),)), "as pruning left it"),
+        (trained_report(0, False), "as pruning left it"),
+        (trained_report(2, False), "as pruning left it, before distill moved the weights"),
+        (trained_report(1, True), "as pruning left it, before reconstruct and distill moved the weights"),
+    ],
+)
+def test_errors_of_sites_are_said_to_be_those_before_any_training(report: Report, words: str) -> None:
+    assert f"over the calibration tokens, {words}." in " ".join(report_text(report, 200).split())
+    assert f"</span>{words}</span>" in report_html(report)
+
+
+def test_what_was_chosen_by_calibration_data_is_not_called_held_out() -> None:
+    report = trained_report(1, True)
+    report = dataclasses.replace(report, quality=())  # the user's own description of the data that quality is of
+    for drawing in (report_text(report, 200), report_html(report)):
+        assert "held" not in drawing
+        assert "chosen by" in drawing
+        assert "on the calibration batches themselves, too few to keep one aside is kept" in " ".join(drawing.split())
 
 
 def test_a_report_survives_json() -> None:
