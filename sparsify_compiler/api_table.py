@@ -17,6 +17,7 @@ from sparsify_compiler.pipeline.method_table_log import RowLog
 from sparsify_compiler.pipeline.method_trials import Trial, method_trials, recipe_trial
 from sparsify_compiler.pipeline.options import Options, check_share
 from sparsify_compiler.pipeline.quality import Heldout
+from sparsify_compiler.precision import Precision
 from sparsify_compiler.progress import Progress, silent
 
 __all__ = ["Draw", "MethodTable", "Trial", "method_table", "method_trials", "recipe_trial"]
@@ -31,6 +32,7 @@ def method_table(
     output: Path | None = None,
     resume: bool = False,
     share_batches: bool = False,
+    precision: Precision = "float32",
     device: str = "auto",
     progress: Progress = silent,
     trust: bool = False,
@@ -40,7 +42,8 @@ def method_table(
     Nothing is lowered or exported, and the model stays as it is. `method_trials` makes trials of methods by patterns,
     `recipe_trial` one of a whole recipe. Rows go to `output`/rows.jsonl as they are finished, with `resume` those that
     are there are kept; in the end table.json and table.html are written beside them. Rounds are compared on calibration
-    batches kept aside, never on the held-out sets; `share_batches` gives every round all of its draw.
+    batches kept aside, never on the held-out sets; `share_batches` gives every round all of its draw. Products of every
+    model run in `precision`, while it is pruned and while it is measured.
 
     Raises:
         SparsifyError: anything the user can act on. Finished rows stay for `resume`.
@@ -54,7 +57,7 @@ def method_table(
         raise ModelError(
             f"model {source.reference!r}: a method table prunes torch models; give the model that the file was made of"
         )
-    options = Options(device=device, share_batches=share_batches, resume=resume)
+    options = Options(device=device, share_batches=share_batches, resume=resume, precision=precision)
     if isinstance(found, nn.Module) and source.kind != "module":
         found.to(options.torch_device())  # read here, so nobody else's
     table = run_method_table(Subject(source.reference, found, heldout), trials, draws, options, log, progress)

@@ -210,13 +210,19 @@ def _toml(value: Any) -> str:
 
 def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[Any]]) -> Rule:
     where = f"rule {number}"
+    own = methods.get(str(table.get("method")))
+    settings = {field.name for field in dataclasses.fields(own)} if own is not None else set()
+    if misplaced := sorted(set(table) & settings):
+        raise RecipeError(
+            f"{where}: {misplaced[0]!r} is a setting of {table['method']}; write options = {{ {misplaced[0]} = ... }}"
+        )
     _known(table, {"sites", "pattern", "sparsity", "method", "refit", "swaps", "options"}, where)
     sites = _typed(table, "sites", str, where, default="*")
     method_name = _typed(table, "method", str, where)
     if method_name not in methods:
         raise RecipeError(f"{where}: unknown method {method_name!r}; known: {', '.join(sorted(methods))}")
     options = _typed(table, "options", dict, where, default={})
-    _known(options, {field.name for field in dataclasses.fields(methods[method_name])}, f"{where}, options")
+    _known(options, settings, f"{where}, options")
     sparsity = table.get("sparsity")
     if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float)):
         raise RecipeError(f"{where}: sparsity must be a number in [0, 1), found {sparsity!r}")

@@ -13,8 +13,7 @@ added. A table that is left out is a step that is not taken.
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["float32", "bfloat16"]
-"""The dtype that products run in while training."""
+from sparsify_compiler.precision import Precision, check_precision
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,6 @@ def check_training(epochs: int, rate: float, batches: int) -> None:
         raise ValueError(f"rate {rate}: must lie in (0, 1), Adam's learning rate")
     if batches < 1:
         raise ValueError(f"batches {batches}: must be at least 1, the calibration batches of one step")
-
-
-def check_precision(precision: str) -> None:
-    """Refuse a word that is no `Precision`. Raises ValueError."""
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision {precision!r}: choose float32 or bfloat16, what products run in")
 
 
 Step = Allocate | Permute | FineTune | Reconstruct | Distill

@@ -19,13 +19,14 @@ from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import Distance
 from sparsify_compiler.passes.refine.train import (
     SHORT,
+    Gradient,
     Reselect,
     Schedule,
     TrainingState,
     add_gradients,
-    products,
     train,
 )
+from sparsify_compiler.precision import Precision, products
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.steps import Distill
 
@@ -90,17 +91,6 @@ def distill(
     begin = best.restore(checkpoint)
     if begin is None:
         best.offer(0, None, weights, best.keep)
-    by_name = {site.name: site for site in sites}
-
-    def gradient(weights: Mapping[str, Tensor], numbers: Sequence[int]) -> float:
-        loss = 0.0
-        for number in numbers:
-            batch, objective = training.teacher.batches[number], training.objective(number)
-            with products(settings.precision, device):
-                value, found = backpropagate(graph, batch, objective, by_name, weights)
-            add_gradients(weights, {name: slope.div_(len(numbers)) for name, slope in found.items()})
-            loss += value / len(numbers)
-        return loss
 
     def ended(epoch: int, loss: float, weights: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None) -> None:
         assert keep is not None
@@ -114,6 +104,7 @@ def distill(
     progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", len(best.epochs) - 1, settings.epochs)
     schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
     count = len(training.teacher.batches)
+    gradient = _gradient(graph, {site.name: site for site in sites}, training, settings.precision, device)
     trained = train(weights, best.keep, count, gradient, schedule, reselect, ended, begin, remember)
     for site in sites:
         graph.set_weight(site, best.weights[site.name])
@@ -121,6 +112,28 @@ def distill(
     moved = sum(int((mask != keep[name].cpu()).sum()) for name, mask in final.items())
     entries = sum(mask.numel() for mask in final.values())
     return Distilled(tuple(best.epochs), best.number, final, moved / max(entries, 1), trained.notes)
+
+
+def _gradient(
+    graph: DifferentiableGraph,
+    sites: Mapping[str, Site],
+    training: Distance,
+    precision: Precision,
+    device: torch.device,
+) -> Gradient:
+    """Return the gradient of the training loss as `train` takes it."""
+
+    def gradient(weights: Mapping[str, Tensor], numbers: Sequence[int]) -> float:
+        loss = 0.0
+        for number in numbers:
+            batch, objective = training.teacher.batches[number], training.objective(number)
+            with products(precision, device):
+                value, found = backpropagate(graph, batch, objective, sites, weights)
+            add_gradients(weights, {name: slope.div_(len(numbers)) for name, slope in found.items()})
+            loss += value / len(numbers)
+        return loss
+
+    return gradient
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sparsify_compiler.batches import padding
 from sparsify_compiler.graph import DifferentiableGraph
-from sparsify_compiler.passes.refine.train import SHORT, Schedule, add_gradients, products, train
+from sparsify_compiler.passes.refine.train import SHORT, Schedule, add_gradients, train
+from sparsify_compiler.precision import Precision, products
 from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.refinement import PrunedSegment, Refined
-from sparsify_compiler.steps import Precision, Reconstruct
+from sparsify_compiler.steps import Reconstruct
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from sparsify_compiler.steps import Precision
 
 EPSILON = 1e-12
 """Adam's ε. The gradient of a relative loss at one of 1e8 weights is about 1e-9: torch's own 1e-8 would damp it."""
@@ -224,8 +221,3 @@ def add_gradients(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor 
         if gradient is not None:
             old = weights[name].grad
             weights[name].grad = gradient.detach() if old is None else old.add_(gradient)
-
-
-def products(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Multiply in `precision` inside: weights, sums and gradients of weights stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -12,7 +12,6 @@ from sparsify_compiler.cli.guard import guard
 from sparsify_compiler.cli.jobs import artefact_fault, compile_model, demo_request, export_artefact, read_report
 from sparsify_compiler.cli.progress import draw_progress
 from sparsify_compiler.cli.requests import CompileRequest, DataChoice, ExportRequest, RecipeChoice, check_output
-from sparsify_compiler.export.report import Report
 from sparsify_compiler.export.report_rows import printable, size
 from sparsify_compiler.export.report_text import render_report, verification_words
 from sparsify_compiler.pipeline.options import Options
@@ -37,6 +36,7 @@ def compile_verb(
     swaps: opt.Swaps = None,
     step: opt.Steps = None,
     share_batches: opt.ShareBatches = False,
+    precision: opt.PrecisionOption = "float32",
     dtype: opt.DtypeOption = "float32",
     device: opt.Device = "auto",
     tokens: opt.Tokens = "1,16,2048",
@@ -76,12 +76,11 @@ def compile_verb(
             cache=None if no_cache else default_folder(),
             dense_copy=dense_copy,
             share_batches=share_batches,
+            precision=precision,
         )
         choice = DataChoice(windows, sequence_length, batch_size, preprocess, seed)
         request = CompileRequest(model, wanted.recipe(), options, calibration, heldout, choice, trust)
-        with draw_progress(Console(stderr=True)) as progress:
-            report = compile_model(request, progress)
-        _show(report, output)
+        _compile(request, output)
 
 
 def demo_verb(
@@ -96,9 +95,7 @@ def demo_verb(
     with guard(debug, lambda: _resumable(output)):
         request = demo_request(output, windows, sequence_length, resume, overwrite)
         Workspace(output, overwrite, resume)  # refuses what would be lost before any work is done
-        with draw_progress(Console(stderr=True)) as progress:
-            report = compile_model(request, progress)
-        _show(report, output)
+        _compile(request, output)
 
 
 def export_verb(
@@ -137,7 +134,9 @@ def _resumable(output: Path) -> str:
     return RESUME if Workspace(output, overwrite=True).has_segments() else ""
 
 
-def _show(report: Report, output: Path) -> None:
+def _compile(request: CompileRequest, output: Path) -> None:
+    with draw_progress(Console(stderr=True)) as progress:
+        report = compile_model(request, progress)
     console = Console(highlight=False)
     console.print(render_report(report, console.width))
     _say(f"\nwritten to {output}: {', '.join(file.name for file in report.files)}")

@@ -141,6 +141,7 @@ def compare_methods(request: TableRequest, progress: Progress) -> MethodTable:
         output=request.output,
         resume=request.resume,
         share_batches=request.share_batches,
+        precision=request.precision,
         device=request.device,
         progress=progress,
         trust=request.trust,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparsify_compiler.precision import Precision
 from sparsify_compiler.recipe import STEPS
 
 DATA = "text or .jsonl, .npz or .safetensors of named inputs, a folder or tar of images with a labels.csv, or "
@@ -74,6 +75,10 @@ ShareBatches = Annotated[
         "--share-batches",
         help="Give every round all calibration batches, not a part of its own; with --rounds or a recipe's.",
     ),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="What the model's products run in while it is calibrated and tuned."),
 ]
 NoRefit = Annotated[bool, typer.Option("--no-refit", help="Do not re-solve the kept weights on the final mask.")]
 Swaps = Annotated[

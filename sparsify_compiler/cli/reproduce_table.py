@@ -20,6 +20,7 @@ from sparsify_compiler.export.method_table import Summary
 from sparsify_compiler.export.method_table_html import shown_keys, spread_words, way
 from sparsify_compiler.export.report_rows import duration, number, printable, size
 from sparsify_compiler.export.report_table import Column, bullet, small, table
+from sparsify_compiler.precision import Precision
 
 Refit = Literal["both", "yes", "no"]
 
@@ -43,6 +44,9 @@ Recipes = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds of iobs, each measured; the other methods have one.")]
 Draws = Annotated[int, typer.Option(min=1, help="Draws of the calibration data.")]
+TablePrecision = Annotated[
+    Precision, typer.Option("--precision", help="What products of every model run in, pruned and measured.")
+]
 HeldoutWindows = Annotated[
     int | None, typer.Option(min=1, help="Samples of a held-out set to measure on, the first.", show_default="all")
 ]
@@ -64,6 +68,7 @@ def table_verb(
     recipe: Recipes = None,
     rounds: Rounds = 3,
     share_batches: opt.ShareBatches = False,
+    precision: TablePrecision = "float32",
     draws: Draws = 3,
     windows: opt.Windows = None,
     heldout_windows: HeldoutWindows = None,
@@ -90,7 +95,7 @@ def table_verb(
         request = TableRequest(
             model, calibration, tuple(heldout), trials + rows, draws, choice, heldout_windows, output, resume
         )
-        request = replace(request, share_batches=share_batches, device=device, trust=trust)
+        request = replace(request, share_batches=share_batches, precision=precision, device=device, trust=trust)
         with draw_progress(Console(stderr=True)) as progress:
             found = compare_methods(request, progress)
         console = Console(highlight=False)

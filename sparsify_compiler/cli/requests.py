@@ -11,6 +11,7 @@ from sparsify_compiler.api_table import Trial
 from sparsify_compiler.errors import ExportError, RecipeError
 from sparsify_compiler.pattern import parse_pattern
 from sparsify_compiler.pipeline.options import Options, check_share
+from sparsify_compiler.precision import Precision
 from sparsify_compiler.recipe import STEPS, Recipe, make_rule, parse_recipe
 
 
@@ -99,6 +100,7 @@ class TableRequest:
     output: Path | None = None
     resume: bool = False
     share_batches: bool = False
+    precision: Precision = "float32"
     device: str = "auto"
     trust: bool = False
 

@@ -19,22 +19,28 @@ from sparsify_compiler.frontends.torch_sites import Product
 from sparsify_compiler.frontends.torch_slice import Slice
 from sparsify_compiler.frontends.torch_trace import Traced, fixed_size, from_program, trace
 from sparsify_compiler.graph import Observer, Segment, Site, Values
+from sparsify_compiler.precision import Precision
 
 MOST_SHAPES = 8
 """Input shapes whose masks and rotary tables are remembered at a time."""
 
 
-def trace_module(module: nn.Module, batch: Batch, device: torch.device | None = None) -> "TorchGraph":
+def trace_module(
+    module: nn.Module, batch: Batch, device: torch.device | None = None, precision: Precision = "float32"
+) -> "TorchGraph":
     """Trace `module` on an example batch; see `torch_trace.trace`. The module is not modified, its weights are shared.
 
     `device` is where segments run (default: where the weights are); weights are brought there a segment at a time.
+    Products run in `precision`.
     """
-    return TorchGraph(trace(module, batch), device)
+    return TorchGraph(trace(module, batch), device, precision)
 
 
-def trace_program(program: ExportedProgram, device: torch.device | None = None) -> "TorchGraph":
+def trace_program(
+    program: ExportedProgram, device: torch.device | None = None, precision: Precision = "float32"
+) -> "TorchGraph":
     """Take a saved torch.export program as a graph."""
-    return TorchGraph(from_program(program), device)
+    return TorchGraph(from_program(program), device, precision)
 
 
 class TorchGraph:
@@ -44,7 +50,7 @@ class TorchGraph:
     axis it says where the entries stood before.
     """
 
-    def __init__(self, traced: Traced, device: torch.device | None = None) -> None:
+    def __init__(self, traced: Traced, device: torch.device | None = None, precision: Precision = "float32") -> None:
         self.traced = traced
         self.module = traced.graph_module
         self._parts: Parts = divide(self.module)
@@ -52,7 +58,7 @@ class TorchGraph:
         self._device = device or at
         if self._device != at:
             move_constants(self.module, self._device)
-        self._runner = Runner(self._parts.products, self._fetch)
+        self._runner = Runner(self._parts.products, self._fetch, precision, self._device)
         self._traced_inputs = {n.name: n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"}
         self._by_name = {site.name: site for site in self._parts.sites}
         self._site_names = {node: name for name, nodes in self._parts.site_products.items() for node in nodes}

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.frontends.torch_sites import Product
 from sparsify_compiler.graph import Values
+from sparsify_compiler.precision import Precision, products
 
 Fetch = Callable[[str], Any]
 See = Callable[[Product, Tensor], None]
@@ -16,11 +17,16 @@ WEIGHT_NAMES = ("weight", "mat2", "other")
 
 
 class Runner:
-    """Execute nodes of one graph. `fetch` returns the tensor or module behind a dotted name, on the right device."""
+    """Execute nodes of one graph. `fetch` returns the tensor or module behind a dotted name, on the right device.
 
-    def __init__(self, products: Mapping[fx.Node, Product], fetch: Fetch) -> None:
-        self._products = products
+    Nodes run in `precision`; who sees their inputs and outputs does not.
+    """
+
+    def __init__(self, found: Mapping[fx.Node, Product], fetch: Fetch, precision: Precision, at: torch.device) -> None:
+        self._products = found
         self._fetch = fetch
+        self._precision: Precision = precision
+        self._device = at
 
     def run(
         self,
@@ -42,7 +48,8 @@ class Runner:
             product = self._products.get(node)
             if see is not None and product is not None and product.input_node is not None:
                 see(product, env[product.input_node.name])
-            env[node.name] = self._execute(node, env, weights)
+            with products(self._precision, self._device):
+                env[node.name] = self._execute(node, env, weights)
             if made is not None and product is not None:
                 made(product, env[node.name])
             for name in last.get(index, ()):

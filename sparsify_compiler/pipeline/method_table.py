@@ -100,7 +100,7 @@ class _Runner:
         self._count = count
         self._done = 0
         module = self._model if isinstance(self._model, nn.Module) else self._model.module()
-        self._forward = module_forward(module)
+        self._forward = module_forward(module, options.precision)
         self._batchnorm = isinstance(self._model, nn.Module) and bool(batchnorm_layers(self._model))
         self._sets = [replace(data, description=name) for name, data in subject.heldout.items()]
         self._beside = [None if _stands_alone(self._forward, data) else self._forward for data in self._sets]
@@ -125,6 +125,8 @@ class _Runner:
         found = []
         if self._batchnorm:
             found.append("BatchNorm statistics were re-estimated on each row's own calibration data; without: as given")
+        if self._options.precision != "float32":
+            found.append(f"products of every model ran in {self._options.precision}, also while it was measured")
         if any(row.rounds for rows in self.rows.values() for row in rows):
             found.append(
                 "rounds: the one kept was chosen on calibration batches kept aside, never on the held-out sets"
@@ -167,7 +169,8 @@ class _Runner:
         with peak_memory(self._options.torch_device()) as peak:
             pruned = prune_torch(job, self._model)
         seconds = time.perf_counter() - start - watched
-        without = self._measure(module_forward(pruned.module), label) if self._batchnorm else ()
+        forward = module_forward(pruned.module, self._options.precision)
+        without = self._measure(forward, label) if self._batchnorm else ()
         finish_torch(job, pruned)
         chosen = {each.number for each in job.rounds if each.chosen}
         return TableRow(
@@ -180,7 +183,7 @@ class _Runner:
             error=_error(pruned.outcomes),
             seconds=round(seconds, 3),
             peak_memory_bytes=peak.bytes,
-            quality=self._measure(module_forward(pruned.module), label),
+            quality=self._measure(forward, label),
             without=without,
             rounds=tuple(RoundPoint(t, quality, t in chosen) for t, quality in enumerate(points, 1)),
             notes=tuple(dict.fromkeys((*job.notes, *_site_notes(pruned.outcomes)))),
@@ -217,6 +220,7 @@ class _Runner:
     def _identity(self) -> Iterator[object]:
         """Yield what rows of one table have in common: model, held-out data, machine and versions."""
         yield environment(self._options.torch_device())
+        yield self._options.precision
         module = self._model if isinstance(self._model, nn.Module) else self._model.module()
         for name, tensor in module.state_dict().items():
             yield name

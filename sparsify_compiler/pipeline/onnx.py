@@ -35,6 +35,8 @@ def compile_onnx(job: Job, path: Path) -> tuple[Path | None, Report]:
     decisions, outcomes = prune_graph(job, graph)
     if job.options.dtype != "float32":
         job.notes.append(f"dtype {job.options.dtype} was asked: the dtypes of an ONNX file stay as the file has them")
+    if job.options.precision != "float32":
+        job.notes.append(f"precision {job.options.precision} was asked: ONNX Runtime computes in the file's own dtypes")
     if job.options.recalibrate_batchnorm and not job.generated:
         with job.stage("correct moments"):
             job.notes.extend(correct_moments(graph, dense, job.batches, tuple(outcomes), job.progress))

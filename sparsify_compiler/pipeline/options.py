@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from sparsify_compiler.errors import DataError, RecipeError
+from sparsify_compiler.precision import Precision, check_precision
 from sparsify_compiler.recipe import Recipe
 from sparsify_compiler.runtime.tuning.cache import default_folder
 
@@ -19,14 +20,16 @@ class Options:
     """Choices of one compile run.
 
     `output` is the folder to write, None for nothing on disk. `dtype` is the compiled model's (pruning itself runs on
-    the model as given). `device` is "auto", "cpu", "cuda" or "cuda:N": where calibration runs and kernels are
-    measured. `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs.
-    `resume` goes on with the finished segments that a stopped run left beside `output`; without it they are refused,
-    and with `overwrite` dropped. `overwrite` also replaces what stands in `output`.
-    `require_sparse` turns every pruned site that stays on a dense kernel into an error. `cache` is the folder that
-    keeps what was measured for later runs on the same machine and versions (None: measure everything anew).
-    `share_batches` gives every round of a recipe with several all calibration batches, not a part of its own each.
-    `dense_copy` lets a layer keep its dense weight beside the sparse one, for the token counts at which dense wins.
+    the model as given). `device` is "auto", "cpu", "cuda" or "cuda:N": where calibration runs and kernels are measured.
+    `tokens` are the row counts the kernels are measured at. `seed` draws generated inputs. `resume` goes on with the
+    finished segments that a stopped run left beside `output`; without it they are refused, and with `overwrite`
+    dropped. `overwrite` also replaces what stands in `output`. `require_sparse` turns every pruned site that stays on a
+    dense kernel into an error. `cache` is the folder that keeps what was measured for later runs on the same machine
+    and versions (None: measure everything anew). `share_batches` gives every round of a recipe with several all
+    calibration batches, not a part of its own each. `precision` is what the model's products run in while it is
+    calibrated and tuned: "bfloat16" is several times as fast where the machine has such products, and moves activations
+    by a part in 500. `dense_copy` lets a layer keep its dense weight beside the sparse one, for the token counts at
+    which dense wins.
     """
 
     output: Path | None = None
@@ -44,12 +47,17 @@ class Options:
     cache: Path | None = field(default_factory=default_folder)
     dense_copy: bool = False
     share_batches: bool = False
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DataError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if not self.tokens or min(self.tokens) < 1:
             raise DataError(f"tokens {self.tokens}: give at least one count, each at least 1")
+        try:
+            check_precision(self.precision)
+        except ValueError as error:
+            raise DataError(str(error)) from None
 
     def torch_dtype(self) -> torch.dtype:
         """Return the compiled model's dtype."""

@@ -248,5 +248,6 @@ class _Pruning:
         names = [(d.site.name, d.site.segment, d.rule and d.rule.sparsity) for d in self._decisions]
         where = environment(job.options.torch_device())  # other libraries or threads may round in another order
         split = divided.split if divided is not None else ()
-        parts = chain((where, format_recipe(job.recipe), names, split), self._graph.contents(), tensors)
+        asked = (where, job.options.precision, format_recipe(job.recipe), names, split)
+        parts = chain(asked, self._graph.contents(), tensors)
         return Checkpoint(job.segments, digest(parts), job.options.resume)

@@ -18,6 +18,7 @@ from sparsify_compiler.passes.prune.layerwise import SiteOutcome
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.pruning import Normalisation, prune_graph
 from sparsify_compiler.plan import Decision
+from sparsify_compiler.precision import Precision, products
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,19 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
     with job.stage("trace"):
         job.progress("trace", 0, 1)
         if isinstance(model, nn.Module):
-            graph = trace_module(model, job.batches[0], device)
+            graph = trace_module(model, job.batches[0], device, job.options.precision)
         else:
-            graph = trace_program(model, device)
+            graph = trace_program(model, device, job.options.precision)
         job.progress("trace", 1, 1)
+    if job.options.precision != "float32":
+        job.notes.append(f"products of the model ran in {job.options.precision} while it was calibrated and tuned")
     if graph.traced.how != "torch.export":
         job.notes.append(f"traced by {graph.traced.how}")
     normalisation = None
     if isinstance(model, nn.Module) and job.options.recalibrate_batchnorm and batchnorm_layers(model):
         normalisation = Normalisation(
-            lambda: module_forward(_reestimated(job, model, graph)), lambda: _settle(job, model, graph)
+            lambda: module_forward(_reestimated(job, model, graph), job.options.precision),
+            lambda: _settle(job, model, graph),
         )
     decisions, outcomes = prune_graph(job, graph, normalisation)
     module = _copy(model, graph, outcomes)
@@ -87,12 +91,12 @@ def _settle(job: Job, model: nn.Module, graph: TorchGraph) -> None:
             graph.set_buffer(f"{name}.{leaf}", layer.get_buffer(leaf))
 
 
-def module_forward(module: nn.Module) -> Forward:
-    """Return `module`, in eval mode, as a function of batches that may lie elsewhere."""
+def module_forward(module: nn.Module, precision: Precision = "float32") -> Forward:
+    """Return `module`, in eval mode, as a function of batches that may lie elsewhere; products run in `precision`."""
     home = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     def forward(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), products(precision, home):
             return call(module, to_device(batch, home))
 
     return forward

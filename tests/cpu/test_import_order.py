@@ -20,6 +20,7 @@ ORDER = (
     ("progress",),
     ("figures",),
     ("problem", "kernel"),
+    ("precision",),
     ("steps",),
     ("recipe",),
     ("channels",),
