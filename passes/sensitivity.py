@@ -38,8 +38,8 @@ from sparsify_compiler.progress import Progress, silent
 def refusing() -> Iterator[None]:
     """Say what to do where a model gives no gradients: a ModelError inside becomes a RecipeError.
 
-    It is refused, not weighed by its outputs instead: that takes some hundred times as long on a large model, and gives
-    other sparsities; whoever runs it should choose.
+    It is refused, not weighed by its outputs instead: that runs the model half through once a site, where gradients
+    cost five runs for all sites, and gives other sparsities; whoever runs it should choose.
     """
     try:
         yield
