@@ -73,12 +73,13 @@ def permute_channels(
     """Reorder `graph`, which is dense yet, for the N:M rules of `decisions`: later steps see but another order.
 
     A weight counts w² · mean x², by how much the output's square would change without it if inputs were uncorrelated
-    (Wanda's score, squared), or w² for a method that reads no data. The mean squares are the dense model's, in one pass
-    over at most `MOST_BATCHES` of `batches`. Reordering is undone, and said so, where the outputs for `example` change
-    by more than rounding.
+    (Wanda's score, squared), or w² where what a rule keeps depends on no data; as a share of its site's sum. Sites that
+    share an order so count alike, whatever their units: by how much of its own outputs, which is the error that the
+    report gives, each one loses. The mean squares are the dense model's, in one pass over at most `MOST_BATCHES` of
+    `batches`. Reordering is undone, and said so, where the outputs for `example` change by more than rounding.
 
-    Departures from Pool & Yu, who use w²: input statistics, and an order for each head. On real layers w² / [G⁻¹] gave
-    a final loss 0.3 % lower than w² · mean x² and would need Gram matrices: it is not offered.
+    Departures from Pool & Yu, who use w²: input statistics, shares, and an order for each head. On real layers
+    w² / [G⁻¹] gave a final loss 0.3 % lower than w² · mean x² and would need Gram matrices: it is not offered.
 
     Given:   %h = silu(linear(%x, %gate)) * linear(%x, %up);  %y = linear(%h, %down)   # %down (576, 1536) 2:4
     Result:  the same with rows of %gate and %up, and columns of %down, in another order
@@ -122,6 +123,11 @@ class _Ruled:
     def grouped(self) -> bool:
         """Say whether the order of its inputs decides what may be kept."""
         return isinstance(self.rule.pattern, NM)
+
+    @property
+    def reads_data(self) -> bool:
+        """Say whether what is kept depends on the inputs."""
+        return self.rule.needs is not Needs.NOTHING
 
     @property
     def input_axis(self) -> int:
@@ -193,7 +199,10 @@ def _reorder(
 
 
 def _scores(graph: Graph, channels: Channels, readers: Sequence[_Ruled], squares: Mapping[str, Moments]) -> Tensor:
-    """Return what the readers' weights count, (blocks, rows, size) float32, at most `MOST_ROWS` rows of them all."""
+    """Return what the readers' weights count, (blocks, rows, size) float32, at most `MOST_ROWS` rows of them all.
+
+    That of every reader has the sum 1.
+    """
     parts: list[Tensor] = []
     for reader in readers:
         site, member = reader.site, reader.member(channels)
@@ -201,11 +210,12 @@ def _scores(graph: Graph, channels: Channels, readers: Sequence[_Ruled], squares
         assert site.layout is not None
         scores = graph.weight(site).square()  # (groups, out, in)
         seen = squares.get(site.reads)
-        if seen is not None and seen.tokens and reader.rule.method.needs is not Needs.NOTHING:
+        if seen is not None and seen.tokens and reader.reads_data:
             means = torch.stack([seen.mean_square(group) for group in range(site.groups)])
             scores = scores.to(means.device) * means[:, None].float()
         rows = member.rows(from_problem(scores, site.layout, site.shape), reader.input_axis)
         rows = rows[:, :: -(-rows.shape[1] * len(readers) // MOST_ROWS)]
+        rows = rows / rows.sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float32).tiny)
         # Weights may lie on the host while the graph runs elsewhere: one that reads no data is not where means are.
         parts.append(rows.to(parts[0].device) if parts else rows)
     return torch.cat(parts, dim=1)
@@ -216,7 +226,7 @@ def _mean_squares(graph: Graph, batches: Sequence[Batch], readers: Sequence[_Rul
     wanted = {
         reader.site.reads: Moments(reader.site.layout, reader.site.groups, reader.site.in_, Needs.NORMS)
         for reader in readers
-        if reader.site.layout is not None and reader.rule.method.needs is not Needs.NOTHING
+        if reader.site.layout is not None and reader.reads_data
     }
     names = {reader.site.reads: reader.site.name for reader in readers}
     taken = batches[:: -(-len(batches) // MOST_BATCHES)] if wanted and len(batches) else ()

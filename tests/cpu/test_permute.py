@@ -227,6 +227,55 @@ def test_reordering_keeps_the_function_and_more_of_the_weights(case: str) -> Non
     assert "another order" in done.notes[0]
 
 
+class Shared(nn.Module):
+    """Two layers read the same channels; `inputs` and `second` scale the channels and the second layer's weights."""
+
+    def __init__(self, inputs: float, second: float) -> None:
+        super().__init__()
+        self.inner, self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        for parameter in self.inner.parameters():
+            parameter.data *= inputs
+        self.two.weight.data *= second
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x).relu()
+        result: Tensor = self.one(hidden) + self.two(hidden)
+        return result
+
+
+@pytest.mark.parametrize("other", [sc.Wanda(), sc.Magnitude()], ids=lambda method: method.name)
+def test_sites_that_share_an_order_count_alike_whatever_their_methods_and_scales(
+    other: sc.Wanda | sc.Magnitude,
+) -> None:
+    found = []
+    # powers of two: no product is rounded otherwise
+    for inputs, second in ((1.0, 1.0), (2.0**-10, 1.0), (2.0**10, 1.0), (1.0, 2.0**-10), (1.0, 2.0**10)):
+        graph = trace_module(seeded(Shared, inputs=inputs, second=second), ROWS)
+        rules = sc.make_rule("one", sc.NM(2, 4), sc.Wanda()), sc.make_rule("two", sc.NM(2, 4), other)
+        done = permuted(graph, ROWS, *rules)
+        notes = {d.site.name: d.notes for d in done.decisions}
+        found.append((graph.weight(graph.sites[1]), notes["one"]))
+    assert "input channels reordered" in found[0][1][0]
+    assert "in one order for 2 sites" in found[0][1][0]
+    for weight, notes in found[1:]:
+        assert torch.equal(weight, found[0][0])
+        assert notes == found[0][1]
+
+
+def test_a_method_without_data_orders_by_its_own_weights_and_others_by_what_inputs_do() -> None:
+    for method, expected in ((sc.Magnitude(), [0, 1, 4, 5]), (sc.Wanda(), [0, 1, 2, 3])):
+        module = seeded(lambda: nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 1)))
+        module[0].weight.data = torch.eye(8) * torch.tensor([1.0, 1, 9, 9, 1, 1, 1, 1])[:, None]  # type: ignore[index, union-attr]
+        module[1].weight.data = torch.tensor([[3.0, 3, 1, 1, 2, 2, 0.1, 0.1]])  # type: ignore[index, union-attr]
+        graph = trace_module(module, torch.eye(8))
+        permuted(graph, torch.eye(8), sc.make_rule("1", sc.NM(2, 4), method))
+        reordered = graph.weight(graph.sites[1])[0, 0].tolist()
+        groups = [reordered[:4], reordered[4:]]
+        large = [[3.0, 3, 1, 1, 2, 2, 0.1, 0.1][at] for at in expected]
+        # the four that count most are two a group, so that all of them stay
+        assert all(sum(value in each for value in large) == 2 for each in groups)
+
+
 def test_blocks_and_other_patterns_along_the_channels_are_refused() -> None:
     graph, _, _ = found_in(seeded(GatedMlp), ROWS)
     nm = sc.make_rule("down", sc.NM(2, 4), sc.Magnitude())
