@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, padding
-from sparsify_compiler.boundaries import Boundaries, run_graph
+from sparsify_compiler.boundaries import Boundaries
 from sparsify_compiler.channels import Channels, Member
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.graph import Graph, MatmulLayout, Observer, Site
@@ -31,7 +31,12 @@ MOST_ROWS = 4096
 """Rows of all sites that share channels that are searched over, spread evenly."""
 
 MOST_DIFFERENCE = 1000.0
-"""Largest ‖Y − Ŷ‖ / ‖Y‖ after reordering, in units of the model's precision: only sums are rounded in another order."""
+"""Largest ‖Y − Ŷ‖ / ‖Y‖ after reordering, in units of float32's precision: only sums are rounded in another order.
+
+That is 1.2e-4. Orders of all free channels at once changed SmolLM2-135M by 9e-7 and stories260k by 4e-7; two channels
+of one group that did not follow changed the latter by 1.5e-2 at least. Half precision alone rounds that much away, so
+that outputs are always compared in float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -247,16 +252,15 @@ def _mean_squares(graph: Graph, batches: Sequence[Batch], readers: Sequence[_Rul
 
 
 def _outputs(graph: Graph, example: Batch) -> list[Tensor]:
-    """Return the model's floating-point outputs for one batch."""
-    with torch.no_grad():
-        return [output for output in run_graph(graph, example) if output.is_floating_point()]
+    """Return the model's floating-point outputs for one batch, in float32 at least."""
+    return [output for output in graph.exact_outputs(example) if output.is_floating_point()]
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the largest ‖Y − Ŷ‖ / ‖Y‖ of the outputs, in units of what rounding may change."""
     ratios = []
     for old, new in zip(before, after, strict=True):
-        allowed = min(MOST_DIFFERENCE * torch.finfo(old.dtype).eps, 0.1)
+        allowed = MOST_DIFFERENCE * torch.finfo(old.dtype).eps
         scale = float(old.double().norm()) or 1.0
         ratios.append(float((new.double() - old.double()).norm()) / scale / allowed)
     return max(ratios, default=0.0)

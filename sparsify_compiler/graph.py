@@ -129,6 +129,13 @@ class Graph(Protocol):
         """Return the model's output tensors from the values alive after the last segment."""
         ...
 
+    def exact_outputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return the output tensors for one batch, computed in float32 where the model has half precision.
+
+        For what rounding must not hide; not what the model returns. An ONNX file runs as it is.
+        """
+        ...
+
     def channels(self) -> ChannelMap:
         """Find the sites' input channels whose order is free; see `channels`."""
         ...

@@ -211,6 +211,10 @@ class OnnxGraph:
             values |= {name: to_torch(value) for name, value in zip(names, made, strict=True)}
         return self.outputs(values)
 
+    def exact_outputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Run the whole model in the types that the file has."""
+        return self.run(batch)
+
     def channels(self) -> ChannelMap:
         """Say that every site's inputs stay in order: which operations the order passes through is not read yet."""
         return ChannelMap((), dict.fromkeys(self._found, "channels of ONNX graphs are not traced in this release"))

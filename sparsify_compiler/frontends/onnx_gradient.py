@@ -79,6 +79,10 @@ class DifferentiableOnnx:
         """See `OnnxGraph`."""
         return self._graph.outputs(values)
 
+    def exact_outputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """See `OnnxGraph`."""
+        return self._graph.exact_outputs(batch)
+
     def channels(self) -> ChannelMap:
         """See `OnnxGraph`."""
         return self._graph.channels()

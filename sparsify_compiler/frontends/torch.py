@@ -13,6 +13,7 @@ from sparsify_compiler.channels import ChannelMap, Channels
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.layout import from_problem, to_problem
 from sparsify_compiler.frontends.torch_channels import find_channels
+from sparsify_compiler.frontends.torch_float32 import InFloat32
 from sparsify_compiler.frontends.torch_parts import Parts, divide
 from sparsify_compiler.frontends.torch_run import Runner, dotted, move_constants, replace_parameter
 from sparsify_compiler.frontends.torch_sites import Product
@@ -174,6 +175,10 @@ class TorchGraph:
         named = [value for value in self._parts.outputs if isinstance(value, fx.Node)]
         found = [values[node.name] if node.op != "get_attr" else self._fetch(str(node.target)) for node in named]
         return tuple(value for value in found if isinstance(value, Tensor))
+
+    def exact_outputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the outputs for one batch, computed in float32 where the model has half precision."""
+        return InFloat32(self.module, self._device).outputs(*map(self._place, self._arrange(batch)))
 
     def record(
         self, index: int, values: Values, names: Iterable[str], weights: Mapping[str, Tensor] | None = None

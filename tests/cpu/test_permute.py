@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.batches import Batch
+from sparsify_compiler.channels import ChannelMap
 from sparsify_compiler.evaluate import fidelity
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
+from sparsify_compiler.passes import permute
+from sparsify_compiler.passes.channel_order import ColumnOrder
 from sparsify_compiler.passes.permute import Permuted, permute_channels
 from sparsify_compiler.passes.prune import METHODS
 from sparsify_compiler.pipeline.rounds import forward_of_graph
@@ -308,6 +311,42 @@ def test_an_order_that_changes_the_outputs_is_undone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(graph, "channels", lambda: part)
     done = permuted(graph, ROWS)
     assert "was undone" in done.notes[0]
+    assert all(torch.equal(graph.weight(site), before[site.name]) for site in graph.sites)
+
+
+class Faint(nn.Module):
+    """A stream that the hidden layer adds a little to, of half precision all through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.a.weight.dtype)
+        result: Tensor = x + 0.02 * self.b(F.gelu(self.a(x)))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_wrong_order_is_told_from_a_right_one_in_every_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = trace_module(seeded(Faint).to(dtype), ROWS)
+    assert "another order" in permuted(graph, ROWS).notes[0]  # a right order is kept
+    before = {site.name: graph.weight(site) for site in graph.sites}
+    ((channels,), fixed) = (graph.channels().free, graph.channels().fixed)
+    wrong = type(channels)(channels.size, 1, channels.members[1:], channels.sites)  # rows of one parameter stay
+    monkeypatch.setattr(graph, "channels", lambda: ChannelMap((wrong,), fixed))
+    native = forward_of_graph(graph)(ROWS)[0].double()
+    swap = torch.arange(12)[None].clone()
+    swap[0, :2] = torch.tensor([1, 0])
+    graph.reorder(wrong, swap)
+    changed = (forward_of_graph(graph)(ROWS)[0].double() - native).norm() / native.norm()
+    graph.reorder(wrong, swap)
+    assert changed < 0.02  # which bfloat16, of a precision of 0.008, may also do by rounding
+    monkeypatch.setattr(permute, "order_columns", lambda *_: ColumnOrder(swap[0], 1.0, 0.0))
+    done = permuted(graph, ROWS)
+    assert "times what rounding may, and was undone" in done.notes[0]
     assert all(torch.equal(graph.weight(site), before[site.name]) for site in graph.sites)
 
 

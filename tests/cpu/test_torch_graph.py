@@ -1,5 +1,7 @@
 """The torch frontend: sites, segments and slices against the module itself."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +134,53 @@ def test_training_with_masks_in_place_keeps_the_zeros_and_lowers_the_loss() -> N
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(weight[~keep], torch.zeros(int((~keep).sum())))
+
+
+class Mixed(nn.Module):
+    """Norms in float32, as decoders have them, casts by name, a constant, and regions that a trace keeps as graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(8, 16), nn.Linear(16, 4), nn.LayerNorm(16)
+        self.register_buffer("scale", torch.rand(16) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.a.weight.dtype
+        x = self.a(x.to(dtype))
+        with torch.autocast("cpu", enabled=False):
+            x = (x.float() / x.float().norm(dim=-1, keepdim=True)).to(dtype)
+        with torch.no_grad():
+            x = x * torch.full((16,), 0.3, dtype=dtype) * self.scale
+        return self.b(self.norm(x).type_as(self.b.weight))
+
+
+@pytest.mark.parametrize("tracer", ["export", "symbolic"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [Mlp, Cnn, Mixed])
+def test_exact_outputs_are_those_of_the_module_in_float32(
+    kind: type[nn.Module], dtype: torch.dtype, tracer: str
+) -> None:
+    module = seeded(kind).to(dtype)
+    x = {Mlp: mlp_batches(1)[0], Cnn: image_batches(1)[0]}.get(
+        kind, torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    ).to(dtype)
+    if tracer == "symbolic" and kind is Mixed:
+        pytest.skip("its dtypes are read while it runs, which symbolic_trace does not follow")
+    graph = trace_module(module, x) if tracer == "export" else symbolic(module)
+    before = {name: tensor.clone() for name, tensor in graph.module.state_dict().items()}
+    (found,) = graph.exact_outputs(x)
+    with torch.no_grad():
+        expected = copy.deepcopy(module).float()(x.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # float32 sums, in the order of other kernels
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.module.state_dict().items())
+    native = call(module, x)[0]
+    again = graph.exact_outputs(x)[0]
+    assert torch.equal(found, again)
+    values = graph.enter(x)
+    for segment in graph.segments:
+        values = graph.run_segment(segment.index, values)
+    torch.testing.assert_close(graph.outputs(values)[0], native)  # nothing of float32 is left behind
 
 
 def test_a_slice_gives_the_recorded_outputs_of_the_model_itself() -> None:
