@@ -42,8 +42,8 @@ def method_table(
     Nothing is lowered or exported, and the model stays as it is. `method_trials` makes trials of methods by patterns,
     `recipe_trial` one of a whole recipe. Rows go to `output`/rows.jsonl as they are finished, with `resume` those that
     are there are kept; in the end table.json and table.html are written beside them. Rounds are compared on calibration
-    batches kept aside, never on the held-out sets; `share_batches` gives every round all of its draw. Products of every
-    model run in `precision`, while it is pruned and while it is measured.
+    batches, kept aside where there are several, never on the held-out sets; `share_batches` gives every round all of
+    its draw. Products of every model run in `precision`, while it is pruned and while it is measured.
 
     Raises:
         SparsifyError: anything the user can act on. Finished rows stay for `resume`.

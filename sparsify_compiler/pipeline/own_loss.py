@@ -16,6 +16,7 @@ from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.rounds import Tune
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.finetune import finetune
+from sparsify_compiler.passes.sensitivity import refusing
 from sparsify_compiler.pipeline.quality import is_language_model
 from sparsify_compiler.pipeline.refine import differentiable
 from sparsify_compiler.pipeline.rounds import forward_of_graph
@@ -45,11 +46,14 @@ def check_training(graph: Graph, decisions: Sequence[Decision], recipe: Recipe) 
     """Refuse training that cannot be done on `graph`, or would be lost; nothing is run, so ask before any pass.
 
     Raises:
-        RecipeError: a method would not see what fine-tuning did.
-        ModelError: a method or a step takes gradients, and an ONNX file has operators that give none here.
+        RecipeError: a method would not see what fine-tuning did, or [allocate] weighs by gradients of a model without.
+        ModelError: a method or a step that trains takes gradients, and an ONNX file has operators that give none here.
     """
     if recipe.finetune is not None:
         _check_starts(decisions)
+    if recipe.allocate is not None and (recipe.allocate.by, recipe.allocate.weigh) == ("error-curve", "gradients"):
+        with refusing():
+            differentiable(graph)
     methods = (decision.rule.method for decision in decisions if decision.rule is not None)
     if any(word in TRAINING_STEPS for word in recipe.steps()) or any(method.needs in GRADIENTS for method in methods):
         differentiable(graph)

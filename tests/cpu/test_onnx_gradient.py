@@ -17,7 +17,7 @@ from torch import Tensor
 import sparsify_compiler as sc
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.calibrate import Walk
-from sparsify_compiler.errors import ModelError
+from sparsify_compiler.errors import ModelError, RecipeError
 from sparsify_compiler.frontends.onnx import OnnxGraph
 from sparsify_compiler.frontends.onnx_gradient import TABLES, DifferentiableOnnx
 from sparsify_compiler.frontends.onnx_operators import Call
@@ -27,11 +27,11 @@ from sparsify_compiler.passes.prune.layerwise import prune_layerwise
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
-from sparsify_compiler.pattern import NM
+from sparsify_compiler.pattern import NM, Unstructured
 from sparsify_compiler.pipeline.own_loss import check_training
 from sparsify_compiler.plan import decide
 from sparsify_compiler.recipe import Recipe, make_rule
-from sparsify_compiler.steps import Distill, FineTune, Reconstruct
+from sparsify_compiler.steps import Allocate, Distill, FineTune, Reconstruct
 
 UNSIGNED = ("uint16", "uint32", "uint64")  # PyTorch has no arithmetic for them; no gradient flows through them
 EMPTY = (
@@ -239,4 +239,9 @@ def test_operators_that_give_no_gradient_are_named_before_anything_is_pruned() -
     ):
         with pytest.raises(ModelError, match="leave out woodtaylor and the steps that train"):
             check_training(graph, decide(recipe, graph.sites), recipe)
-    check_training(graph, decide(Recipe((plain,), rounds=2), graph.sites), Recipe((plain,), rounds=2))
+    free = (make_rule("*", Unstructured(), SparseGPT(), 0.5),)
+    with pytest.raises(RecipeError, match='"gradients" cannot be had of this model; set weigh = "outputs"'):
+        check_training(graph, decide(Recipe(free), graph.sites), Recipe(free, allocate=Allocate()))
+    others = (Allocate("owl"), Allocate(weigh="outputs"))
+    for recipe in (Recipe((plain,), rounds=2), *(Recipe(free, allocate=step) for step in others)):
+        check_training(graph, decide(recipe, graph.sites), recipe)
