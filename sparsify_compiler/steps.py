@@ -24,7 +24,8 @@ class Allocate:
     weighed by what it does to the model's outputs). No site moves further than `spread` from the asked sparsity.
 
     `weigh` is read by "error-curve" alone. "gradients" predicts all effects from one backward pass a batch; "outputs"
-    measures each by running the model from the site on, half a run a site and batch, but needs no gradients.
+    measures each by running the model from the site on, half a run a site and batch, but needs no gradients
+    and is the better guide at high sparsities (prune/NOTES.md).
     """
 
     by: Literal["owl", "error-curve"] = "error-curve"
