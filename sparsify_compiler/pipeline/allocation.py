@@ -41,8 +41,10 @@ def allocate_sites(
     if step.by != "error-curve" or step.weigh != "gradients":
         return found
     movable = [d.site for d in decisions if d.rule is not None and d.rule.pattern.fixed_sparsity() is None]
-    held = size(4 * sum(site.groups * site.out * site.in_ for site in movable))
-    return replace(found, notes=(*found.notes, f"allocate: {held} held how far the weights of its sites move"))
+    held = size(8 * sum(site.groups * site.out * site.in_ for site in movable))
+    return replace(
+        found, notes=(*found.notes, f"allocate: {held} held how far the sites' weights move, and their gradients")
+    )
 
 
 def _sensitivity(graph: Graph, batches: Sequence[Batch], labelled: bool) -> Sensitivity:
