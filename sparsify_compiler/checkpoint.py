@@ -53,11 +53,13 @@ class Checkpoint:
             try:
                 table = json.loads(manifest.read_text())
             except ValueError as error:
-                raise DataError(f"{manifest} is damaged ({error}); start again without --resume") from None
+                raise DataError(
+                    f"{manifest} is damaged ({error}); start again with --overwrite instead of --resume"
+                ) from None
             if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
                 raise DataError(
                     f"--resume: {folder} was started with another model, data, recipe or library version; "
-                    "start again without --resume"
+                    "start again with --overwrite instead of --resume"
                 )
             self._finished = table["segments"]
         else:
@@ -126,7 +128,9 @@ class Checkpoint:
             with safe_open(self.folder / name, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
         except (FileNotFoundError, SafetensorError) as error:
-            raise DataError(f"{self.folder / name} is damaged ({error}); start again without --resume") from None
+            raise DataError(
+                f"{self.folder / name} is damaged ({error}); start again with --overwrite instead of --resume"
+            ) from None
 
     def _write_manifest(self) -> None:
         table = {"version": VERSION, "fingerprint": self._fingerprint, "segments": self._finished}

@@ -27,6 +27,7 @@ from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.method_table_log import ROWS, RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options
+from sparsify_compiler.pipeline.own_loss import check_training
 from sparsify_compiler.pipeline.peak_memory import peak_memory, peak_memory_bytes
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model, measure
 from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
@@ -128,9 +129,7 @@ class _Runner:
         if self._options.precision != "float32":
             found.append(f"products of every model ran in {self._options.precision}, also while it was measured")
         if any(row.rounds for rows in self.rows.values() for row in rows):
-            found.append(
-                "rounds: the one kept was chosen on calibration batches kept aside, never on the held-out sets"
-            )
+            found.append("rounds: the one kept was chosen on calibration data, never on the held-out sets")
         if others := self._log.unasked():
             found.append(f"{others} more finished rows, which this command did not ask for, stay in {ROWS}")
         return tuple(found)
@@ -245,7 +244,7 @@ def _check(subject: Subject, trials: Sequence[Trial], draws: Sequence[Draw], opt
         else trace_program(subject.model, options.torch_device())
     )
     for trial in trials:
-        decide(trial.recipe, graph.sites)
+        check_training(graph, decide(trial.recipe, graph.sites), trial.recipe)
 
 
 def _stands_alone(forward: Forward, data: Heldout) -> bool:

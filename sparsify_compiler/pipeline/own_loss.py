@@ -64,12 +64,8 @@ def own_loss(
 ) -> OwnLoss:
     """Prepare what needs the model's own loss: that of the tokens themselves, or the distance to the dense outputs.
 
-    `graph` is dense when this is called.
-
-    Raises:
-        RecipeError, ModelError: as `check_training`.
+    `check_training` has found that it can be had. `graph` is dense when this is called.
     """
-    check_training(graph, decisions, recipe)
     needing = {
         decision.site.name: decision.rule.method.needs
         for decision in decisions

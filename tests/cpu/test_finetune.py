@@ -1,5 +1,6 @@
 """Tuning between rounds: PyTorch's own Adam on the module, masks, and what the rounds and recipes make of it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sparsify_compiler as sc
+from sparsify_compiler.api_table import Draw, method_table, recipe_trial
 from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import RecipeError
 from sparsify_compiler.frontends.layout import to_problem
@@ -23,7 +25,7 @@ from sparsify_compiler.pipeline.own_loss import check_training, own_loss
 from sparsify_compiler.plan import decide
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Pruner
 from sparsify_compiler.progress import silent
-from sparsify_compiler.steps import FineTune
+from sparsify_compiler.steps import Allocate, FineTune, Permute
 from tests.models.small import Mlp, mlp_batches, seeded
 
 
@@ -158,8 +160,14 @@ def test_finetune_is_refused_for_methods_that_would_not_see_it() -> None:
     asked = recipe(sc.SparseGPT(), settings=FineTune())
     with pytest.raises(RecipeError, match=r"finetune, but 'sparsegpt' of 'inner' prunes the dense weights anew"):
         check_training(graph, decide(asked, graph.sites), asked)
+    stages: list[str] = []
+    late = dataclasses.replace(asked, permute=Permute(), allocate=Allocate())
     with pytest.raises(RecipeError, match="choose iobs or woodtaylor"):
-        own_loss(graph, decide(asked, graph.sites), asked, batches, silent)
+        sc.compile(seeded(Causal), batches, recipe=late, progress=lambda stage, *_: stages.append(stage))
+    held = {"ids": sc.Heldout(batches)}
+    with pytest.raises(RecipeError, match="choose iobs or woodtaylor"):
+        method_table(seeded(Causal), [Draw(batches, "ids")], held, [recipe_trial("late", late)], device="cpu")
+    assert set(stages) == {"trace"}
     for method in (IOBS(), WoodTaylor()):
         fits = recipe(method, settings=FineTune())
         check_training(graph, decide(fits, graph.sites), fits)

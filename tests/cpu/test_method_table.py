@@ -150,7 +150,7 @@ def test_the_round_that_is_kept_has_the_figures_of_the_row(table: MethodTable) -
             # the same weights and statistics; sums of the same batches
             assert shown.sparse == pytest.approx(kept.sparse, rel=1e-5)
     assert all(not row.rounds for row in table.rows if row.method == "magnitude")
-    assert any("kept aside" in note for note in table.notes)
+    assert any("chosen on calibration data" in note for note in table.notes)
 
 
 def test_the_model_stays_as_it_was(model: nn.Module, table: MethodTable) -> None:
