@@ -54,12 +54,12 @@ class Checkpoint:
                 table = json.loads(manifest.read_text())
             except ValueError as error:
                 raise DataError(
-                    f"{manifest} is damaged ({error}); start again with --overwrite instead of --resume"
+                    f"{manifest} is damaged ({error}); delete {folder} and start again"
                 ) from None
             if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
                 raise DataError(
                     f"--resume: {folder} was started with another model, data, recipe or library version; "
-                    "start again with --overwrite instead of --resume"
+                    f"delete that folder, or compile with --overwrite instead of --resume"
                 )
             self._finished = table["segments"]
         else:
@@ -129,7 +129,7 @@ class Checkpoint:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
         except (FileNotFoundError, SafetensorError) as error:
             raise DataError(
-                f"{self.folder / name} is damaged ({error}); start again with --overwrite instead of --resume"
+                f"{self.folder / name} is damaged ({error}); delete {self.folder} and start again"
             ) from None
 
     def _write_manifest(self) -> None:

@@ -10,7 +10,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def products(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Multiply in `precision` inside (autocast): weights, their gradients and sums of layers stay float32.
+    """Multiply in `precision` inside (autocast): weights, their gradients and accumulators stay float32.
 
     "float32" leaves what holds outside as it is.
     """

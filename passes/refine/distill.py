@@ -7,6 +7,7 @@ language models, but on the calibration data alone and for a few epochs. Masks m
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def distill(
     `keep` (groups, out, in) bool by site name are the masks; pruned weights stay exactly zero. What training began with
     counts as epoch 0, so the held-out loss never rises; of equal losses the earlier epoch wins. Weights and Adam's
     moments are float32 where the graph runs, beside a copy of the best weights on the host. With a `checkpoint` every
-    epoch is written down, 16 bytes a weight, and a run that was cut short goes on after its last whole epoch.
+    epoch is written down, 18 bytes a weight, and a run that was cut short goes on after its last whole epoch.
 
     Given:   %y = linear(%x, weight=%w1)     # %w1 has exact zeros
     Result:  %y = linear(%x, weight=%w2)     # the same zeros, or as many elsewhere with `reselect`
@@ -97,10 +98,7 @@ def distill(
         best.offer(epoch, loss, weights, keep)
         progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", epoch, settings.epochs)
 
-    def remember(state: TrainingState) -> None:
-        if checkpoint is not None:
-            best.write(checkpoint, state)
-
+    remember = partial(best.write, checkpoint) if checkpoint is not None else None
     progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", len(best.epochs) - 1, settings.epochs)
     schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
     count = len(training.teacher.batches)

@@ -1,6 +1,7 @@
 """Tune the weights between two rounds of pruning towards the model's own loss, segment by segment in memory."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -32,7 +33,8 @@ def finetune(
 
     `keep` (groups, out, in) bool by site name keeps pruned weights zero, where `settings.masked`. The rate falls to
     zero along a cosine. Weights and Adam's moments are float32 on the weight's own device: 12 bytes a weight, beside
-    what `backpropagate` holds. The order of the batches is drawn from `seed`.
+    what `backpropagate` holds. A loss that is not finite leaves the weights as they were, which a note says. The order
+    of the batches is drawn from `seed`.
 
     Raises:
         CalibrationError: the graph gives no gradients.
@@ -57,6 +59,8 @@ def finetune(
     progress("fine-tune", 0, settings.epochs)
     schedule = Schedule(settings.epochs, settings.rate, settings.batches, seed=seed)
     trained = train(weights, masks, len(batches), gradient, schedule, after_epoch=ended)
+    if trained.notes:  # a loss that was lost: of its weights nothing is known
+        return replace(trained, notes=(*trained.notes, "the weights stay as they were before the fine-tuning"))
     for site in sites:
         graph.set_weight(site, weights[site.name])
     return trained

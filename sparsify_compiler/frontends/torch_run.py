@@ -19,7 +19,7 @@ WEIGHT_NAMES = ("weight", "mat2", "other")
 class Runner:
     """Execute nodes of one graph. `fetch` returns the tensor or module behind a dotted name, on the right device.
 
-    Nodes run in `precision`; who sees their inputs and outputs does not.
+    Products of the nodes run in `precision`; those of `see` and `made` do not.
     """
 
     def __init__(self, found: Mapping[fx.Node, Product], fetch: Fetch, precision: Precision, at: torch.device) -> None:

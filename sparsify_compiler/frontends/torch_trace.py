@@ -1,5 +1,6 @@
 """From a torch module to one torch.fx graph: torch.export first, torch.fx.symbolic_trace second."""
 
+import copy
 import inspect
 import operator
 import traceback
@@ -137,7 +138,9 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _symbolic(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     concrete = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
-    graph_module = fx.symbolic_trace(module, concrete_args=concrete or None)
+    # The graph calls the leaf modules that it is given: copies, so that weights are not replaced in the user's own.
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    graph_module = fx.symbolic_trace(copy.deepcopy(module, tensors), concrete_args=concrete or None)
     graph_module.graph.eliminate_dead_code()
     names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     keywords = tuple(name for name in kwargs if name in names)

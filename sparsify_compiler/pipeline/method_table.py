@@ -28,7 +28,7 @@ from sparsify_compiler.pipeline.method_table_log import ROWS, RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options
 from sparsify_compiler.pipeline.own_loss import check_training
-from sparsify_compiler.pipeline.peak_memory import peak_memory, peak_memory_bytes
+from sparsify_compiler.pipeline.peak_memory import Peak, peak_memory
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model, measure
 from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
 from sparsify_compiler.plan import decide
@@ -157,7 +157,8 @@ class _Runner:
         def before(forward: Forward, outcomes: Mapping[str, SiteOutcome]) -> None:
             nonlocal watched
             since = time.perf_counter()
-            self._log.row(key + BEFORE, lambda: self._before(trial, number, forward, outcomes, since - start - watched))
+            made = partial(self._before, trial, number, forward, outcomes, since - start - watched, peak)
+            self._log.row(key + BEFORE, made)
             watched += time.perf_counter() - since
 
         job = Job(self._subject.name, trial.recipe, self._options, draw.batches, False, None, self._inner(label), None)
@@ -169,7 +170,8 @@ class _Runner:
             pruned = prune_torch(job, self._model)
         seconds = time.perf_counter() - start - watched
         forward = module_forward(pruned.module, self._options.precision)
-        without = self._measure(forward, label) if self._batchnorm else ()
+        around = trial.recipe.distill is not None  # weights that were trained around moved statistics
+        without = self._measure(forward, label) if self._batchnorm and not around else ()
         finish_torch(job, pruned)
         chosen = {each.number for each in job.rounds if each.chosen}
         return TableRow(
@@ -189,7 +191,13 @@ class _Runner:
         )
 
     def _before(
-        self, trial: Trial, number: int, forward: Forward, outcomes: Mapping[str, SiteOutcome], seconds: float
+        self,
+        trial: Trial,
+        number: int,
+        forward: Forward,
+        outcomes: Mapping[str, SiteOutcome],
+        seconds: float,
+        peak: Peak,
     ) -> TableRow:
         """Measure what a row was before [distill], as a row of its own."""
         return TableRow(
@@ -201,7 +209,7 @@ class _Runner:
             sites=len(outcomes),
             error=_error(outcomes),
             seconds=round(seconds, 3),
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak.now(),
             quality=self._measure(forward, f"{trial.words}, draw {number}"),
         )
 

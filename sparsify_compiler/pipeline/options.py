@@ -27,7 +27,7 @@ class Options:
     dense kernel into an error. `cache` is the folder that keeps what was measured for later runs on the same machine
     and versions (None: measure everything anew). `share_batches` gives every round of a recipe with several all
     calibration batches, not a part of its own each. `precision` is what the model's products run in while it is
-    calibrated and tuned: "bfloat16" is several times as fast where the machine has such products, and moves activations
+    calibrated and tuned: "bfloat16" is about twice as fast on processors that have such products, and moves activations
     by a part in 500. `dense_copy` lets a layer keep its dense weight beside the sparse one, for the token counts at
     which dense wins.
     """

@@ -114,8 +114,8 @@ def _tune(
     """Tune the sites that a round reached; see `rounds.Tune`."""
     tuned = finetune(graph, batches, [sites[name] for name in keep], loss(dense), settings, keep, progress=progress)
     masked = "kept weights" if settings.masked else "all weights of the pruned sites"
-    losses = " ".join(f"{value:.4g}" for value in tuned.losses)
-    return (f"fine-tuning of {masked} between rounds: mean loss {losses} in its epochs", *tuned.notes)
+    losses = " ".join(f"{value:.4g}" for value in tuned.losses) or "no whole epoch"
+    return (f"fine-tuning of {masked} between rounds, mean loss of its epochs: {losses}", *tuned.notes)
 
 
 def _check_starts(decisions: Sequence[Decision]) -> None:

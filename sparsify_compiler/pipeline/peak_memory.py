@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ RESET = Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """The most bytes that were held, filled in when the stretch ends."""
+    """The most bytes that were held, filled in when the stretch ends; `now` reads it before."""
 
+    now: Callable[[], int]
     bytes: int = 0
 
 
@@ -27,18 +28,16 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
     Where the system cannot set its high-water mark back (not Linux), the size is the process's largest so far.
     """
-    peak = Peak()
-    cuda = device.type == "cuda"
-    if cuda:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    reset = not cuda and _reset()
+        peak = Peak(lambda: int(torch.cuda.max_memory_allocated(device)))
+    else:
+        reset = _reset()
+        peak = Peak(lambda: (_high_water() if reset else None) or peak_memory_bytes())
     try:
         yield peak
     finally:
-        if cuda:
-            peak.bytes = torch.cuda.max_memory_allocated(device)
-        else:
-            peak.bytes = (_high_water() if reset else None) or peak_memory_bytes()
+        peak.bytes = peak.now()
 
 
 def peak_memory_bytes() -> int:

@@ -47,11 +47,11 @@ class Normalisation:
     """What a module with BatchNorm asks for: its statistics follow what pruning does to the weights of the graph.
 
     `handed_out` returns the module with the weights that the graph has now and statistics moved to fit them; `settle`
-    moves those of the graph itself, so that what runs through it from then on meets them.
+    returns the same and moves the graph's own, so that what runs through it from then on meets them.
     """
 
     handed_out: Callable[[], Forward]
-    settle: Callable[[], None]
+    settle: Callable[[], Forward]
 
 
 def prune_graph(
@@ -62,7 +62,8 @@ def prune_graph(
     Rounds, and the model before and after [distill], are those of `normalisation` where there is one.
 
     Raises:
-        DataError: a method or a step needs data and none was given.
+        SparsifyError: a recipe or data that do not fit the graph, at once; statistics that are not finite or no layer
+            can be solved with, on the way.
     """
     return _Pruning(job, graph, normalisation).run()
 
@@ -191,11 +192,11 @@ class _Pruning:
         """Distil what was pruned; return the outcomes with the masks they have then."""
         job, settings = self._job, self._recipe.distill
         assert settings is not None
-        if job.watch_pruned is not None:
-            job.watch_pruned(self._handed_out(), outcomes)
         with job.stage("distill"):
-            if self._normalisation is not None:
-                self._normalisation.settle()
+            settled = self._normalisation.settle() if self._normalisation is not None else forward_of_graph(self._graph)
+        if job.watch_pruned is not None:
+            job.watch_pruned(settled, outcomes)
+        with job.stage("distill"):
             outcomes, done = learn(self._graph, self._decisions, outcomes, lesson, settings, job.progress, checkpoint)
         job.steps += distill_reports(done, lesson)
         job.notes.extend(distill_notes(done, lesson, job.heldout is not None))
@@ -249,6 +250,8 @@ class _Pruning:
         names = [(d.site.name, d.site.segment, d.rule and d.rule.sparsity) for d in self._decisions]
         where = environment(job.options.torch_device())  # other libraries or threads may round in another order
         split = divided.split if divided is not None else ()
-        asked = (where, job.options.precision, format_recipe(job.recipe), names, split)
-        parts = chain(asked, self._graph.contents(), tensors)
+        options = (job.options.precision, job.options.recalibrate_batchnorm)
+        asked = (where, options, format_recipe(job.recipe), names, split)
+        labels = (divided.heldout.labels or ()) if divided is not None else ()
+        parts = chain(asked, self._graph.contents(), tensors, labels)
         return Checkpoint(job.segments, digest(parts), job.options.resume)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.torch import PrunedSite
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module, trace_program
@@ -51,6 +52,7 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
             graph = trace_program(model, device, job.options.precision)
         job.progress("trace", 1, 1)
     if job.options.precision != "float32":
+        _check_precision(job.options.precision, model)
         job.notes.append(f"products of the model ran in {job.options.precision} while it was calibrated and tuned")
     if graph.traced.how != "torch.export":
         job.notes.append(f"traced by {graph.traced.how}")
@@ -71,6 +73,16 @@ def prune_torch(job: Job, model: nn.Module | ExportedProgram) -> Pruned:
     return Pruned(model, module, graph, decisions, outcomes, sites)
 
 
+def _check_precision(precision: Precision, model: nn.Module | ExportedProgram) -> None:
+    """Refuse weights that autocast does not multiply in another dtype, or that do not meet what it makes of them."""
+    tensors = model.parameters() if isinstance(model, nn.Module) else model.state_dict.values()
+    for dtype in {tensor.dtype for tensor in tensors if tensor.is_floating_point()}:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise DataError(
+                f"precision {precision!r}: the model has weights of {dtype}; leave it out, or load as float32"
+            )
+
+
 def finish_torch(job: Job, pruned: Pruned) -> None:
     """Re-estimate the BatchNorm statistics of the pruned module where that is wanted, and cast it, in place."""
     _reestimate(job, pruned)
@@ -84,11 +96,13 @@ def _reestimated(job: Job, model: nn.Module, graph: TorchGraph) -> nn.Module:
     return module
 
 
-def _settle(job: Job, model: nn.Module, graph: TorchGraph) -> None:
-    """Move the BatchNorm statistics of the graph as those of the module will be."""
-    for name, layer in batchnorm_layers(_reestimated(job, model, graph)).items():
+def _settle(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
+    """Move the BatchNorm statistics of the graph as those of the module are, and return the module's forward."""
+    module = _reestimated(job, model, graph)
+    for name, layer in batchnorm_layers(module).items():
         for leaf in ("running_mean", "running_var"):
             graph.set_buffer(f"{name}.{leaf}", layer.get_buffer(leaf))
+    return module_forward(module, job.options.precision)
 
 
 def module_forward(module: nn.Module, precision: Precision = "float32") -> Forward:
@@ -111,12 +125,15 @@ def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Itera
     memo: dict[int, object] = {}
     for names in dict.fromkeys((*graph.reordered, *(graph.aliases(by_name[name]) for name in outcomes))):
         new: Tensor | None = None
+        stood = graph.reordered.get(names)
         for name in names:
             old = dotted(model, name)
-            if new is None:
-                new = dotted(graph.module, name).detach().to(old)
-                if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+            if new is None and isinstance(old, nn.Parameter):
+                new = nn.Parameter(dotted(graph.module, name).detach().to(old), requires_grad=old.requires_grad)
+            elif new is None and stood is not None:  # a statistic: the dense one in its new order, whatever it is now
+                new = old.index_select(0, stood.to(old.device))
+            elif new is None:
+                new = dotted(graph.module, name).detach().to(old, copy=True)
             memo[id(old)] = new
     copied = copy.deepcopy(model, memo)
     return copied.eval()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sparsify_compiler.batches import Batch
 from sparsify_compiler.errors import RecipeError
 from sparsify_compiler.frontends.layout import to_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
-from sparsify_compiler.passes.gradients import NextToken
+from sparsify_compiler.passes.gradients import DenseOutputs, NextToken, Objective
 from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.rounds import Rounds, prune_in_rounds
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
@@ -99,6 +100,31 @@ def test_pruned_weights_stay_zero_only_where_that_is_asked(masked: bool) -> None
     for site in graph.sites:
         moved = graph.weight(site)[~keep[site.name]] != 0
         assert not moved.any() if masked else float(moved.float().mean()) > 0.5
+
+
+@dataclass(frozen=True)
+class Lost(DenseOutputs):
+    """Not a number from the second step on."""
+
+    calls: list[Batch] = field(default_factory=list)
+
+    def objective(self, batch: Batch) -> Objective:
+        self.calls.append(batch)
+        inner, factor = super().objective(batch), 1.0 if len(self.calls) < 2 else float("nan")
+        return lambda outputs: inner(outputs) * factor
+
+
+def test_tuning_whose_loss_is_lost_leaves_the_weights_and_says_so() -> None:
+    batches = mlp_batches(3)
+    graph = traced(seeded(Mlp), batches[0])
+    before = {site.name: graph.weight(site) for site in graph.sites}
+    lost = Lost(lambda batch: (torch.zeros(*batch.shape[:-1], 10),))  # type: ignore[union-attr]
+    done = finetune(graph, batches, graph.sites, lost, FineTune(epochs=1, rate=1e-3, batches=1))
+    assert all(torch.equal(graph.weight(site), before[site.name]) for site in graph.sites)
+    assert done.notes == (
+        "the training loss is nan at step 2 of 3: training ended; lower the rate",
+        "the weights stay as they were before the fine-tuning",
+    )
 
 
 class Spy:
@@ -189,7 +215,7 @@ def test_a_recipe_with_both_runs_from_end_to_end_and_the_report_says_what_differ
     assert report.rounds[1].differed == ("prefix", "Gram", "targets", "gradient", "fine-tuning")
     what = "cross-entropy of the calibration tokens" if kind is Causal else "half the squared distance to the dense"
     assert any(note.startswith("the model's own loss is") and what in note for note in report.notes)
-    assert any("fine-tuning of all weights of the pruned sites between rounds: mean loss" in n for n in report.notes)
+    assert any("fine-tuning of all weights of the pruned sites between rounds, mean loss of its epochs: " in n for n in report.notes)
     assert any("held the gradient and the curvature" in note for note in report.notes)
     assert not any("no gradient of the model's loss" in note for site in report.sites for note in site.notes)
     again = sc.compile(

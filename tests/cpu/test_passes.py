@@ -105,6 +105,9 @@ def test_the_order_that_a_recipe_finds_reaches_batchnorm() -> None:
     pruned = prune_torch(job, dense)
     dense_weight, weight = dense.norm.weight, pruned.module.norm.weight  # type: ignore[union-attr]
     assert not torch.equal(weight, dense_weight)  # type: ignore[arg-type]
+    of_graph = pruned.graph.module.get_buffer("norm.running_var").clone()
+    pruned.module.norm.running_var += 1.0  # type: ignore[union-attr, operator]
+    assert torch.equal(pruned.graph.module.get_buffer("norm.running_var"), of_graph)  # no memory is shared
     finish_torch(job, pruned)
     stands = [int((dense_weight == value).nonzero()) for value in weight]  # type: ignore[union-attr]
     mean, variance = dense.norm.running_mean, dense.norm.running_var  # type: ignore[union-attr]

@@ -89,6 +89,12 @@ def test_a_run_in_one_precision_is_not_gone_on_with_in_another(tmp_path: Path) -
         run("float32", resume=True)
 
 
+def test_weights_that_autocast_does_not_multiply_in_bfloat16_are_refused() -> None:
+    job = Job("mlp", sc.Recipe((RULE,)), sc.Options(precision="bfloat16"), mlp_batches(), False, None, silent, None)
+    with pytest.raises(DataError, match=r"precision 'bfloat16': the model has weights of torch.float64; leave it out"):
+        prune_torch(job, seeded(Mlp).double())
+
+
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(DataError, match="precision 'float8': choose float32 or bfloat16"):
         sc.Options(precision="float8")  # type: ignore[arg-type]

@@ -148,6 +148,28 @@ def test_a_cnn_is_distilled_around_the_batchnorm_statistics_that_it_is_handed_ou
     assert found == pytest.approx(best.heldout, rel=0.05 if wanted else 1e-4)
 
 
+def test_a_distillation_is_not_gone_on_with_around_other_statistics_or_by_another_measure(tmp_path: Path) -> None:
+    images, cnn = image_batches(4), seeded(Cnn)
+    labels = [cnn(images[3]).argmax(1)]
+    rule = sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.6)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.startswith("distill, ") and done == 2:
+            raise KeyboardInterrupt
+
+    def run(moved: bool, heldout: Heldout, resume: bool) -> None:
+        options = sc.Options(tmp_path / "out", onnx=False, tokens=(1,), resume=resume, recalibrate_batchnorm=moved)
+        asked = sc.Recipe((rule,), distill=Distill(3, 1e-3, 1))
+        sc.compile(cnn, images[:3], recipe=asked, options=options, heldout=heldout, progress=stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(True, Heldout(images[3:]), resume=False)
+    with pytest.raises(DataError, match="another model, data"):
+        run(False, Heldout(images[3:]), resume=True)
+    with pytest.raises(DataError, match="another model, data"):
+        run(True, Heldout(images[3:], labels), resume=True)
+
+
 def test_masks_selected_anew_are_those_of_the_artefact(tmp_path: Path) -> None:
     module, batches, output = seeded(Mlp, depth=2), mlp_batches(5), tmp_path / "out"
     asked = dataclasses.replace(recipe(), reconstruct=None, distill=Distill(4, 1e-2, 1, reselect=2))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparsify_compiler as sc
 from sparsify_compiler.batches import call
 from sparsify_compiler.errors import DataError, TraceError
+from sparsify_compiler.frontends import torch_trace
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.frontends.torch_trace import Traced
 from sparsify_compiler.graph import ConvLayout, MatmulLayout
@@ -89,6 +91,23 @@ def test_setting_a_weight_changes_the_graph_and_not_the_module() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     with torch.no_grad():
         assert not torch.equal(run_all(graph, x)[0], module(x))
+
+
+def test_a_model_that_only_symbolic_trace_follows_is_not_modified_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Traced:
+        raise RuntimeError("torch.export cannot follow it")
+
+    monkeypatch.setattr(torch_trace, "_export", fails)
+    module, batches = seeded(Cnn), image_batches(3)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rule = sc.make_rule("*", sc.Unstructured(), sc.Magnitude(), 0.8)
+    options = sc.Options(onnx=False, tokens=(1,), device="cpu")
+    pruned, report = sc.compile(module, batches, recipe=sc.Recipe((rule,)), options=options)
+    assert any("symbolic_trace" in note for note in report.notes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert isinstance(pruned, nn.Module)
+    assert float((pruned.state_dict()["point.weight"] == 0).float().mean()) > 0.7
+    assert report.quality[0].sparse > 1e-6  # beside a dense model that was pruned as well it would be 0
 
 
 def test_setting_a_shared_weight_reaches_every_use() -> None:
