@@ -252,15 +252,15 @@ def _mean_squares(graph: Graph, batches: Sequence[Batch], readers: Sequence[_Rul
 
 
 def _outputs(graph: Graph, example: Batch) -> list[Tensor]:
-    """Return the model's floating-point outputs for one batch, in float32 at least."""
+    """Return the model's floating-point outputs for one batch, computed in float32 at least."""
     return [output for output in graph.exact_outputs(example) if output.is_floating_point()]
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return the largest ‖Y − Ŷ‖ / ‖Y‖ of the outputs, in units of what rounding may change."""
     ratios = []
+    allowed = MOST_DIFFERENCE * torch.finfo(torch.float32).eps  # float64 outputs may have been made of float32 products
     for old, new in zip(before, after, strict=True):
-        allowed = MOST_DIFFERENCE * torch.finfo(old.dtype).eps
         scale = float(old.double().norm()) or 1.0
         ratios.append(float((new.double() - old.double()).norm()) / scale / allowed)
     return max(ratios, default=0.0)

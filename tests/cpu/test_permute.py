@@ -332,7 +332,7 @@ def test_a_wrong_order_is_told_from_a_right_one_in_every_precision(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = trace_module(seeded(Faint).to(dtype), ROWS)
-    assert "another order" in permuted(graph, ROWS).notes[0]  # a right order is kept
+    assert "read their inputs in another order" in permuted(graph, ROWS).notes[0]  # a right order is kept
     before = {site.name: graph.weight(site) for site in graph.sites}
     ((channels,), fixed) = (graph.channels().free, graph.channels().fixed)
     wrong = type(channels)(channels.size, 1, channels.members[1:], channels.sites)  # rows of one parameter stay
@@ -348,6 +348,14 @@ def test_a_wrong_order_is_told_from_a_right_one_in_every_precision(
     done = permuted(graph, ROWS)
     assert "times what rounding may, and was undone" in done.notes[0]
     assert all(torch.equal(graph.weight(site), before[site.name]) for site in graph.sites)
+
+
+def test_a_right_order_is_kept_where_float32_products_end_in_float64() -> None:
+    class Widened(GatedMlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).double()
+
+    assert "read their inputs in another order" in permuted(trace_module(seeded(Widened), ROWS), ROWS).notes[0]
 
 
 def test_the_whole_pipeline_reorders_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
