@@ -66,7 +66,8 @@ class Probe(Protocol):
     def draw(self, outputs: tuple[Tensor, ...], hidden: Padding | None, number: int) -> tuple[Tensor, float]:
         """Return vᵀy up to a constant for the dense `outputs` y of batch `number`, and their size: see the module.
 
-        Drawn on the host from `number`: the same on every device. Tokens that padding hides have no part in it.
+        Drawn on the host from `number`: the same on every device. Tokens that padding hides have no part in it. The
+        size is NaN where outputs that are not finite leave nothing to draw from.
         """
         ...
 
@@ -102,25 +103,23 @@ class DivergenceProbe:
 
     def draw(self, outputs: tuple[Tensor, ...], hidden: Padding | None, number: int) -> tuple[Tensor, float]:
         """See `Probe`."""
-        scores = outputs[0].flatten(0, -2)
+        scores = (outputs[0] if hidden is None else hidden.drop(outputs[0])).flatten(0, -2).float()
         if sums_to_one(scores.detach()):
-            scores = scores.float().clamp_min(SMALLEST).log()
+            scores = scores.clamp_min(SMALLEST).log()
+        if not bool(scores.detach().logsumexp(-1).isfinite().all()):
+            return scores.sum(), math.nan
         uniform = torch.rand(len(scores), generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         labels = draw_labels(scores.detach(), uniform.to(scores.device))
-        if hidden is not None and tuple(outputs[0].shape[:2]) == hidden.shape:
-            counted = torch.zeros_like(labels, dtype=torch.bool)
-            counted[hidden.shown.to(labels.device)] = True
-            labels = labels.masked_fill(~counted, -1)
-        value = cross_entropy(scores.float(), labels, ignore_index=-1, reduction="sum")
-        return value, 2.0 * int((labels >= 0).sum())
+        return cross_entropy(scores, labels, reduction="sum"), 2.0 * len(labels)
 
 
 def draw_labels(scores: Tensor, uniform: Tensor) -> Tensor:
     """Return for each row of `scores` (rows, classes) the class int64 at which its probabilities sum beyond `uniform`.
 
-    `uniform` (rows,) float64 lies in [0, 1). A few rows at a time; a class of probability zero is never drawn.
+    Every row has finite probabilities, and `uniform` (rows,) float64 lies in [0, 1). A few rows at a time; a class of
+    probability zero is never drawn.
     """
-    drawn = []
+    drawn = [torch.empty(0, dtype=torch.int64, device=scores.device)]
     for start in range(0, len(scores), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
         sums = scores[part].float().softmax(-1).cumsum(-1, dtype=torch.float64)

@@ -9,6 +9,7 @@ from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
 from sparsify_compiler.batches import Batch, padding
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.graph import Site
@@ -119,6 +120,39 @@ def test_labels_are_drawn_as_often_as_the_model_expects_them() -> None:
     assert torch.allclose(shares, scores.double().softmax(0), atol=1e-4)  # each count is right to within one
     assert draw_labels(scores[None], torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [4]
     assert draw_labels(scores[None], torch.zeros(1, dtype=torch.float64)).tolist() == [0]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_label_is_drawn_from_scores_that_are_not_finite(number: float, dtype: torch.dtype) -> None:
+    module, x = seeded(lambda: nn.Linear(8, 5)).to(dtype), torch.randn(3, 8, dtype=dtype)
+    with torch.no_grad():
+        assert module.bias is not None
+        module.bias[:] = number
+    graph, changes = traced(module, x)
+    with pytest.raises(CalibrationError, match=r"no KL divergence .*calibration batch 0, .*they are not finite"):
+        Sensitivity(graph, DivergenceProbe(by_token=False)).effects([x], changes)
+
+
+def test_hidden_tokens_may_have_any_scores_and_a_batch_of_them_alone_has_none() -> None:
+    scores = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    scores[1, 1:] = torch.nan
+    probe = DivergenceProbe(by_token=True)
+    hidden = padding({"x": scores, "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
+    value, size = probe.draw((scores,), hidden, 0)
+    assert torch.isfinite(value)
+    assert size == 8
+    nothing = padding({"x": scores, "attention_mask": torch.zeros(2, 3, dtype=torch.int64)})
+    assert probe.draw((scores,), nothing, 0) == (0.0, 0.0)
+
+
+def test_a_padded_batch_of_as_many_classes_as_tokens_has_a_label_a_sample() -> None:
+    scores = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    hidden = padding({"x": torch.zeros(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])})
+    value, size = DivergenceProbe(by_token=False).draw((scores,), hidden, 0)
+    assert size == 4
+    first, second = -scores.log_softmax(-1)  # of two samples, a label each
+    assert float((first[:, None] + second - value).abs().min()) < 1e-6
 
 
 def test_tokens_are_squared_one_by_one_in_a_language_model() -> None:
