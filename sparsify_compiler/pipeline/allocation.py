@@ -1,8 +1,9 @@
 """What a recipe's [allocate] needs of a job: gradients of the model, and what its outputs are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -41,10 +42,27 @@ def allocate_sites(
     if step.by != "error-curve" or step.weigh != "gradients":
         return found
     movable = [d.site for d in decisions if d.rule is not None and d.rule.pattern.fixed_sparsity() is None]
-    held = size(8 * sum(site.groups * site.out * site.in_ for site in movable))
-    return replace(
-        found, notes=(*found.notes, f"allocate: {held} held how far the sites' weights move, and their gradients")
-    )
+    held = size(4 * sum(site.groups * site.out * site.in_ for site in movable))
+    return replace(found, notes=(*found.notes, f"allocate: {held} held how far the sites' weights move"))
+
+
+def allocation_record(allocation: Allocation) -> dict[str, Any]:
+    """Write down what an allocation made of every decision, as JSON can hold it."""
+    sites = {
+        d.site.name: (d.rule.sparsity if d.rule is not None else None, d.reason, d.asked, d.notes)
+        for d in allocation.decisions
+    }
+    return {"notes": allocation.notes, "sites": sites}
+
+
+def restored_allocation(decisions: Sequence[Decision], record: Mapping[str, Any]) -> Allocation:
+    """Make of `decisions`, as they were before, what `allocation_record` wrote down."""
+    made = []
+    for decision in decisions:
+        sparsity, reason, asked, notes = record["sites"][decision.site.name]
+        rule = replace(decision.rule, sparsity=sparsity) if decision.rule is not None and sparsity is not None else None
+        made.append(replace(decision, rule=rule, reason=reason, asked=asked, notes=tuple(notes)))
+    return Allocation(tuple(made), tuple(record["notes"]))
 
 
 def _sensitivity(graph: Graph, batches: Sequence[Batch], labelled: bool) -> Sensitivity:

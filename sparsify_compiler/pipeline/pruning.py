@@ -15,7 +15,7 @@ from sparsify_compiler.passes.permute import permute_channels
 from sparsify_compiler.passes.prune.layerwise import SiteOutcome, prune_layerwise
 from sparsify_compiler.passes.prune.rounds import prune_in_rounds
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
-from sparsify_compiler.pipeline.allocation import allocate_sites
+from sparsify_compiler.pipeline.allocation import allocate_sites, allocation_record, restored_allocation
 from sparsify_compiler.pipeline.environment import environment
 from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.own_loss import OwnLoss, check_training, own_loss
@@ -88,10 +88,10 @@ class _Pruning:
     def run(self) -> tuple[tuple[Decision, ...], dict[str, SiteOutcome]]:
         job = self._job
         self._permute()
-        self._allocate()
+        checkpoint = self._checkpoint()
+        self._allocate(checkpoint)
         lesson = self._prepare_lesson()
         held = lesson.size_bytes() if lesson is not None else 0
-        checkpoint = self._checkpoint()
         if self._divided is not None and self._recipe.rounds > 1:
             outcomes, starved = self._prune_in_rounds(self._divided, checkpoint, held)
         else:
@@ -131,13 +131,20 @@ class _Pruning:
         self._decisions = permuted.decisions
         job.notes.extend(permuted.notes)
 
-    def _allocate(self) -> None:
-        """Give sites sparsities of their own, as the recipe says."""
+    def _allocate(self, checkpoint: Checkpoint | None) -> None:
+        """Give sites sparsities of their own, as the recipe says, or those that a resumed run was given."""
         job, settings = self._job, self._recipe.allocate
         if settings is None:
             return
+        saved = checkpoint.read_state("allocate") if checkpoint is not None else None
         with job.stage("allocate"):
-            allocation = allocate_sites(self._graph, self._data, self._decisions, settings, job.heldout, job.progress)
+            allocation = (
+                restored_allocation(self._decisions, saved[1])
+                if saved is not None
+                else allocate_sites(self._graph, self._data, self._decisions, settings, job.heldout, job.progress)
+            )
+        if checkpoint is not None and saved is None:
+            checkpoint.write_state("allocate", {}, allocation_record(allocation))
         self._decisions = allocation.decisions
         job.notes.extend(allocation.notes)
 

@@ -99,8 +99,13 @@ def test_a_language_model_with_a_tied_head_takes_every_step_and_resumes_to_the_s
     class Killed(Exception):
         pass
 
+    stages: list[str] = []
+
     def run(name: str, resume: bool = False, stop: str = "") -> tuple[nn.Module, Report, bytes]:
+        stages.clear()
+
         def progress(stage: str, done: int, total: int) -> None:
+            stages.append(stage)
             if stop and stage.startswith(stop):
                 raise Killed
 
@@ -116,12 +121,19 @@ def test_a_language_model_with_a_tied_head_takes_every_step_and_resumes_to_the_s
 
     compiled, report, whole = run("whole")
     check(report, 6)
+    assert any(stage.startswith("allocate") for stage in stages)
     assert compiled.head.weight is compiled.embed.weight
     for number in range(2):
         half_of_every_four(dotted(compiled, f"blocks.{number}.down.weight"))
     with pytest.raises(Killed):
         run("killed", stop="round 2 of 2: prune blocks.1")
-    assert run("killed", resume=True)[2] == whole
+    _, again, resumed = run("killed", resume=True)
+    assert resumed == whole
+    assert not any(stage.startswith("allocate") for stage in stages)  # what it found was written down
+    assert [note for note in again.notes if note.startswith("allocate")] == [
+        note for note in report.notes if note.startswith("allocate")
+    ]
+    assert [(site.sparsity, site.notes) for site in again.sites] == [(s.sparsity, s.notes) for s in report.sites]
     with pytest.raises(Killed):
         run("late", stop="distill")
     assert run("late", resume=True)[2] == whole
