@@ -120,15 +120,17 @@ def backpropagate(
     weights: Mapping[str, Tensor] | None = None,
     observe: Observer | None = None,
     emit: Observer | None = None,
+    keep: bool = True,
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the objective on one batch and its gradient by the weight (groups, out, in) float32 of each of `sites`.
 
     The model is run forwards once without a record, keeping what is alive between segments; then segment after segment
     is run again, from the last, with one: memory is that of one batch's values at every cut and of one segment's
     activations, all on the graph's device. `weights` by site name stand in for the graph's own. `observe` and `emit`
-    are called in that second run, as `run_segment` says, `emit` with outputs that take gradient hooks. A weight that is
-    read in another segment as well (an embedding tied to the head) counts there as the graph has it. An objective that
-    is not finite comes back without gradients.
+    are called in that second run, as `run_segment` says, `emit` with outputs that take gradient hooks. Without `keep`,
+    for what they see alone, a segment's gradients by its weights are dropped when it is done, and none come back. A
+    weight that is read in another segment as well (an embedding tied to the head) counts there as the graph has it. An
+    objective that is not finite comes back without gradients.
 
     Raises:
         CalibrationError: the graph gives no gradients.
@@ -156,7 +158,9 @@ def backpropagate(
         reached = [name for name in slopes if after[name].requires_grad]
         wanted = {name: weight for name, weight in own.items() if name in sites}
         slopes, gradients = _slopes([after[name] for name in reached], [slopes[n] for n in reached], values, wanted)
-        found |= gradients
+        if keep:
+            found |= gradients
+        del gradients  # else they stay until those of the next segment are made
     return float(value.detach()), found
 
 

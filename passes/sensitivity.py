@@ -149,7 +149,7 @@ class Sensitivity:
 
         A gradient of nothing but zeros counts as none: rounding gives that where the outputs do move.
         `changes` (groups, out, in) float32 are Δ by site name. A batch is run twice forwards and once backwards.
-        Memory beside the changes: that of `backpropagate`, and one segment's inputs.
+        Memory beside the changes: that of `backpropagate`, and one segment's inputs and gradients by its weights.
 
         Raises:
             RecipeError: a segment cannot be run with gradients.
@@ -202,7 +202,7 @@ class Sensitivity:
         sites = {name: site for name, (site, _) in changes.items()}
         taps = Taps(sites, tap)
         with refusing():
-            backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made)
+            backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made, keep=False)
         for name, moved in by_sample.items():
             _add(squares, name, moved.square().sum())
         return size

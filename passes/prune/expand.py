@@ -80,7 +80,7 @@ def expand(
             value, found = backpropagate(graph, batch, loss.objective(batch), sites, None, taps.read, taps.made)
         else:
             value, found = backpropagate(graph, batch, loss.objective(batch), sites)
-            value += backpropagate(graph, batch, probe, sites, None, taps.read, taps.made)[0]
+            value += backpropagate(graph, batch, probe, sites, None, taps.read, taps.made, keep=False)[0]
         if not math.isfinite(value):
             raise CalibrationError(
                 f"the model's loss is {value} on calibration batch {number}; check the data, the model's dtype and the "

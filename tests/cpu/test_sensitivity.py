@@ -1,6 +1,7 @@
 """How far the outputs move when one site changes: predictions against brute force on the whole module."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -216,6 +217,24 @@ def test_probabilities_move_as_the_scores_that_they_were_made_of() -> None:
         graph, changes = traced(module, batches[0])
         figures.append(list(Sensitivity(graph, DivergenceProbe(by_token=True)).effects(batches, changes).values()))
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)  # one softmax more or less in float32
+
+
+def test_gradients_by_weights_are_held_for_one_segment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = seeded(Mlp, depth=4), mlp_batches(1)[0]
+    graph, changes = traced(module, x)
+    shapes, made, alive = {tuple(graph.weight(site).shape) for site in graph.sites}, [], []
+    grad = torch.autograd.grad
+
+    def watched(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        found = grad(*args, **kwargs)  # type: ignore[arg-type]
+        made.extend(weakref.ref(each) for each in found if tuple(each.shape) in shapes)
+        alive.append(sum(each() is not None for each in made))
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    Sensitivity(graph, ErrorProbe()).effects([x], changes)
+    assert len(made) == len(graph.sites) > 4
+    assert max(alive) == max(len(segment.sites) for segment in graph.segments)
 
 
 def test_sites_that_no_gradient_reaches_are_left_out_unless_they_do_not_change() -> None:
