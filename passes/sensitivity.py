@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from sparsify_compiler.batches import Batch, Padding, padding, sample_count
 from sparsify_compiler.errors import CalibrationError, ModelError, RecipeError
 from sparsify_compiler.frontends.layout import output_rows, row_chunks
-from sparsify_compiler.graph import DifferentiableGraph, Layout, Site
+from sparsify_compiler.graph import ConvLayout, DifferentiableGraph, Layout, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import ROWS_AT_A_TIME, SMALLEST, sums_to_one
 from sparsify_compiler.passes.taps import Taps
@@ -128,6 +128,18 @@ def draw_labels(scores: Tensor, uniform: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Effects:
+    """The distance when one site alone is changed, by site name; `words` say which.
+
+    `by_row` names the sites of which some rows could not be told to samples; see `Sensitivity`.
+    """
+
+    sizes: Mapping[str, float]
+    words: str
+    by_row: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """The dense model as `graph`, and the distance that its outputs are to be measured by.
 
@@ -136,7 +148,7 @@ class Sensitivity:
     exact but for the draw, also where a weight is used several times. A language model has few samples and many tokens:
     `by_token` squares every row of every use by itself, as Eschenhagen et al. 2023 do in their setting "expand". That
     leaves out what the errors of two tokens do together and is far less noisy; measured figures of both are in
-    prune/NOTES.md. Rows that cannot be told to samples (those that an expert is sent) are squared one by one as well.
+    prune/NOTES.md. Rows that cannot be told to samples, as `tells_samples` says, are squared one by one as well.
     """
 
     graph: DifferentiableGraph
@@ -144,8 +156,8 @@ class Sensitivity:
 
     def effects(
         self, batches: Sequence[Batch], changes: Mapping[str, tuple[Site, Tensor]], progress: Progress = silent
-    ) -> dict[str, float]:
-        """Return the distance when one site alone is changed, by site name; sites that no gradient reaches left out.
+    ) -> Effects:
+        """Return the distance when one site alone is changed; sites that no gradient reaches are left out.
 
         A gradient of nothing but zeros counts as none: rounding gives that where the outputs do move.
         `changes` (groups, out, in) float32 are Δ by site name. A batch is run twice forwards and once backwards.
@@ -156,10 +168,11 @@ class Sensitivity:
             CalibrationError: the outputs hold nothing to measure, or numbers are not finite.
         """
         squares: dict[str, Tensor] = {}
+        by_row: set[str] = set()
         size = 0.0
         for number, batch in enumerate(batches):
             progress("allocate: gradients of the outputs", number, len(batches))
-            size += self._add_batch(squares, batch, number, changes)
+            size += self._add_batch(squares, by_row, batch, number, changes)
         progress("allocate: gradients of the outputs", len(batches), len(batches))
         if not size:
             raise self._unmeasurable(f"{len(batches)} calibration batches", size)
@@ -167,7 +180,8 @@ class Sensitivity:
         for name, effect in found.items():
             if not math.isfinite(effect):
                 raise CalibrationError(f"[allocate]: the gradients at {name!r} are not finite; check the data")
-        return {name: effect for name, effect in found.items() if effect or not changes[name][1].any()}
+        reached = {name: effect for name, effect in found.items() if effect or not changes[name][1].any()}
+        return Effects(reached, self.probe.words, tuple(name for name in changes if name in by_row))
 
     def _unmeasurable(self, where: str, size: float) -> CalibrationError:
         return CalibrationError(
@@ -176,7 +190,12 @@ class Sensitivity:
         )
 
     def _add_batch(
-        self, squares: dict[str, Tensor], batch: Batch, number: int, changes: Mapping[str, tuple[Site, Tensor]]
+        self,
+        squares: dict[str, Tensor],
+        by_row: set[str],
+        batch: Batch,
+        number: int,
+        changes: Mapping[str, tuple[Site, Tensor]],
     ) -> float:
         """Add one batch's Σ (vᵀ J vec(Δ))² to `squares` by site name, and return the size of its outputs."""
         hidden, samples = padding(batch), sample_count(batch)
@@ -194,10 +213,12 @@ class Sensitivity:
             site, change = changes[name]
             assert site.layout is not None
             moved = along(change.to(x.device), site.layout, x, gradient)
-            if self.probe.by_token or len(moved) % samples:
-                _add(squares, name, moved.square().sum())
-            else:
+            if not self.probe.by_token and tells_samples(x, site.layout, samples):
                 _add(by_sample, name, moved.view(samples, -1).sum(1))
+                return
+            _add(squares, name, moved.square().sum())
+            if not self.probe.by_token:
+                by_row.add(name)
 
         sites = {name: site for name, (site, _) in changes.items()}
         taps = Taps(sites, tap)
@@ -206,6 +227,21 @@ class Sensitivity:
         for name, moved in by_sample.items():
             _add(squares, name, moved.square().sum())
         return size
+
+
+def tells_samples(x: Tensor, layout: Layout, samples: int) -> bool:
+    """Say whether the rows of a layer's input `x` are known to come sample by sample, equally many of each.
+
+    So they are where axis 0 has as many entries as the batch has samples, and no other axis of rows has: else either
+    may count them. nn.MultiheadAttention(batch_first=True) reads (length, samples, width), then (length · samples,
+    width); an expert's rows, of any number, are of the samples that were sent to it. All are of a batch's only sample.
+    """
+    if samples == 1:
+        return True
+    if isinstance(layout, ConvLayout):  # axis 0 counts images, if there is an axis for them
+        return x.dim() == len(layout.kernel) + 2 and x.shape[0] == samples
+    lengths = x.movedim(layout.input_axis, -1).shape[:-1]
+    return layout.input_axis % x.dim() != 0 and lengths[0] == samples and lengths.count(samples) == 1
 
 
 def along(change: Tensor, layout: Layout, x: Tensor, gradient: Tensor) -> Tensor:

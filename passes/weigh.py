@@ -81,14 +81,19 @@ def weighed_by_gradients(
         grown[site.name] = replace(found, weight=change.new_empty(0))
     used = batches[:DIFFERENTIATED]
     effects = taken.effects(used, changes, progress)
-    costs = {name: each.curve(effects[name]) for name, each in grown.items() if name in effects}
-    lost = [name for name in grown if name not in effects]
-    notes = (
-        (
-            f"allocate: no gradient reaches {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} ({len(lost)} "
-            'sites), which keep what was asked; weigh = "outputs" can weigh them',
+    costs = {name: each.curve(effects.sizes[name]) for name, each in grown.items() if name in effects.sizes}
+    notes = []
+    if lost := [name for name in grown if name not in effects.sizes]:
+        notes.append(
+            f'allocate: no gradient reaches {_names(lost)}, which keep what was asked; weigh = "outputs" can weigh them'
         )
-        if lost
-        else ()
-    )
-    return Weighed(costs, taken.probe.words, f"gradients on {len(used)} batches", notes)
+    if effects.by_row:
+        notes.append(
+            f"allocate: which rows of {_names(effects.by_row)} are of one sample cannot be told, so that what they do "
+            'together does not count; weigh = "outputs" counts it'
+        )
+    return Weighed(costs, effects.words, f"gradients on {len(used)} batches", tuple(notes))
+
+
+def _names(sites: Sequence[str]) -> str:
+    return f"{', '.join(sites[:3])}{' and others' if len(sites) > 3 else ''} ({len(sites)} sites)"

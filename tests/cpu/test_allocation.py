@@ -116,6 +116,25 @@ def test_sites_without_a_gradient_keep_what_was_asked_and_are_named() -> None:
     assert any("no gradient reaches cut (1 sites), which keep what was asked" in note for note in found.notes)
 
 
+def test_sites_whose_rows_cannot_be_told_to_samples_are_named() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)).transpose(0, 1)).transpose(0, 1)
+
+    note = "allocate: which rows of second (1 sites) are of one sample cannot be told, so that"
+    for samples, told in ((4, False), (1, True)):
+        batches = mlp_batches(2, samples)
+        graph = trace_module(seeded(Turned), batches[0])
+        rules = [sc.make_rule(name, sc.Unstructured(), sc.SparseGPT(), 0.5) for name in ("first", "second")]
+        decisions = decide(sc.Recipe(tuple(rules)), graph.sites)
+        notes = allocate_sites(graph, batches, decisions, Allocate(), None, silent).notes
+        assert any(each.startswith(note) for each in notes) is not told
+
+
 def test_an_allocation_is_the_same_twice() -> None:
     module, batches = seeded(Mlp), mlp_batches(3)
     given = [sparsities(trace_module(module, batches[0]), batches, Allocate()) for _ in range(2)]

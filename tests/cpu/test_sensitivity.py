@@ -13,8 +13,15 @@ from sparsify_compiler.batches import Batch, padding
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
-from sparsify_compiler.graph import Site
-from sparsify_compiler.passes.sensitivity import DivergenceProbe, ErrorProbe, Probe, Sensitivity, draw_labels
+from sparsify_compiler.graph import ConvLayout, MatmulLayout, Site
+from sparsify_compiler.passes.sensitivity import (
+    DivergenceProbe,
+    ErrorProbe,
+    Probe,
+    Sensitivity,
+    draw_labels,
+    tells_samples,
+)
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
 Changes = dict[str, tuple[Site, Tensor]]
@@ -74,12 +81,103 @@ def test_with_one_number_a_sample_the_figure_is_the_exact_curvature(inner: nn.Mo
     # A sign squared is one, so nothing is left to chance, and rows of a sample act together: tokens, places, groups.
     module = OneNumber(inner).eval()
     graph, changes = traced(module, batches[0])
-    found = Sensitivity(graph, ErrorProbe()).effects(batches, changes)
+    found = Sensitivity(graph, ErrorProbe()).effects(batches, changes).sizes
     assert sorted(found) == sorted(changes)
     for name, (site, change) in changes.items():
         pairs = [first_order(module, batch, site, change) for batch in batches]
         exact = sum(moved.square().sum() for _, moved in pairs) / sum(y.square().sum() for y, _ in pairs)
         assert found[name] == pytest.approx(float(exact), rel=1e-4)  # float32 products
+
+
+class Attending(nn.Module):
+    """Torch's own attention between two layers: it runs on (length, samples, width) inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(("samples", "length"), [(3, 5), (4, 4), (1, 5), (1, 1)])
+def test_rows_that_cannot_be_told_to_samples_are_squared_one_by_one_and_named(
+    samples: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = OneNumber(seeded(Attending)).eval()
+    x = torch.randn(samples, length, 16, generator=torch.Generator().manual_seed(0))
+    graph, changes = traced(module, x)
+    found = Sensitivity(graph, ErrorProbe()).effects([x], changes)
+    inside = ("inner.attention.in_proj_weight", "inner.attention.out_proj")
+    ambiguous = inside if length != samples else ("inner.first", *inside, "inner.last")
+    assert found.by_row == (() if samples == 1 else ambiguous)
+    made: list[tuple[Tensor, Tensor]] = []
+    linear = torch.nn.functional.linear
+
+    def spied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        made.append((x, y := linear(x, weight, bias)))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spied)
+    module(x).sum().backward(inputs=[y for _, y in made])  # one number a sample: any signs give the same squares
+    monkeypatch.undo()
+    assert len(made) == len(changes)
+    energy = first_order(module, x, *changes["inner.first"])[0].square().sum()
+    for (read, y), (name, (site, change)) in zip(made, changes.items(), strict=True):
+        assert y.grad is not None
+        along = torch.einsum("...o,oi,...i->...", y.grad.double(), change[0].double(), read.detach().double())
+        alone, together = along.square().sum(), first_order(module, x, site, change)[1].square().sum()
+        exact = alone if name in found.by_row else together
+        assert found.sizes[name] == pytest.approx(float(exact / energy), rel=1e-4)  # float32 products
+        if length > 1:
+            assert float(alone / together) != pytest.approx(1, abs=0.05)  # else nothing is tested
+
+
+def test_an_expert_whose_rows_divide_by_the_samples_has_them_squared_one_by_one() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.arange(6)  # all four of the first sample, two of the second
+            return x.flatten(0, 1).index_add(0, rows, self.expert(x.flatten(0, 1)[rows])).view_as(x).sum((1, 2))
+
+    module, x = seeded(Routed), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    graph, changes = traced(module, x)
+    found = Sensitivity(graph, ErrorProbe()).effects([x], changes)
+    assert found.by_row == ("expert",)
+    change = changes["expert"][1][0]
+    rows = (x.flatten(0, 1)[:6] @ change.T).sum(1)  # the gradient of every entry is a sign of its sample
+    assert found.sizes["expert"] == pytest.approx(
+        float(rows.square().sum() / module(x).detach().square().sum()), rel=1e-4
+    )
+
+
+def test_the_samples_are_told_by_axis_zero_alone() -> None:
+    product, transposed, images = (
+        MatmulLayout(False),
+        MatmulLayout(True, input_axis=0),
+        ConvLayout((3,), (1,), ((0, 0),), (1,), 1),
+    )
+    for shape, layout, told in (
+        ((4, 5, 8), product, True),
+        ((4, 5, 4), product, True),  # the last axis is of inputs
+        ((4, 8), product, True),
+        ((5, 4, 8), product, False),
+        ((4, 4, 8), product, False),
+        ((4, 5, 4, 8), product, False),
+        ((8, 8), product, False),
+        ((8,), product, False),
+        ((4, 8), transposed, False),
+        ((4, 3, 4), images, True),
+        ((8, 3, 4), images, False),
+        ((4, 8), images, False),
+    ):
+        assert tells_samples(torch.zeros(shape), layout, 4) is told, shape
+        assert tells_samples(torch.zeros(shape), layout, 1)
 
 
 def test_a_weight_that_is_used_three_times_moves_the_outputs_as_a_whole() -> None:
@@ -92,7 +190,7 @@ def test_a_weight_that_is_used_three_times_moves_the_outputs_as_a_whole() -> Non
     site = next(site for site in graph.sites if site.name == "shared")
     assert site.calls == 3
     change = graph.weight(site).tril()
-    found = Sensitivity(graph, ErrorProbe()).effects([ids], {"shared": (site, change)})
+    found = Sensitivity(graph, ErrorProbe()).effects([ids], {"shared": (site, change)}).sizes
     y, moved = first_order(module, ids, site, change)
     assert found["shared"] == pytest.approx(float(moved.square().sum() / y.square().sum()), rel=1e-4)
 
@@ -106,7 +204,7 @@ def test_the_mean_over_draws_is_the_curvature_of_the_distance(probe: Probe) -> N
     sample = mlp_batches(1)[0][:1, :1]
     graph, changes = traced(module, sample)
     graph = trace_module(module, (copies := sample.repeat(4000, 1, 1)))
-    found = Sensitivity(graph, probe).effects([copies], changes)
+    found = Sensitivity(graph, probe).effects([copies], changes).sizes
     for name, (site, change) in changes.items():
         y, moved = first_order(module, sample, site, change)
         exact = fisher(y, moved) if isinstance(probe, DivergenceProbe) else moved.square().sum() / y.square().sum()
@@ -168,7 +266,7 @@ def test_tokens_are_squared_one_by_one_in_a_language_model() -> None:
     module, ids = seeded(Causal), torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(0))
     graph, changes = traced(module, ids)
     probe = DivergenceProbe(by_token=True)
-    found = Sensitivity(graph, probe).effects([ids], changes)
+    found = Sensitivity(graph, probe).effects([ids], changes).sizes
     made: dict[str, tuple[Tensor, Tensor]] = {}
     for name in changes:
         module.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: made.update({name: (x[0], y)}))
@@ -195,7 +293,9 @@ def test_hidden_tokens_have_no_part_in_the_figure(probe: Probe) -> None:
     x, mask = torch.randn(2, 4, 8, generator=generator), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     other = torch.where(mask[:, :, None] == 1, x, 1e3)
     graph, changes = traced(module, {"x": x, "attention_mask": mask})
-    figures = [Sensitivity(graph, probe).effects([{"x": each, "attention_mask": mask}], changes) for each in (x, other)]
+    figures = [
+        Sensitivity(graph, probe).effects([{"x": each, "attention_mask": mask}], changes).sizes for each in (x, other)
+    ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-6)
     assert min(figures[0].values()) > 0
     size = probe.draw((x,), padding({"x": x, "attention_mask": mask}), 0)[1]
@@ -215,7 +315,9 @@ def test_probabilities_move_as_the_scores_that_they_were_made_of() -> None:
     figures = []
     for module in (inner, Softmax(inner)):
         graph, changes = traced(module, batches[0])
-        figures.append(list(Sensitivity(graph, DivergenceProbe(by_token=True)).effects(batches, changes).values()))
+        figures.append(
+            list(Sensitivity(graph, DivergenceProbe(by_token=True)).effects(batches, changes).sizes.values())
+        )
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)  # one softmax more or less in float32
 
 
@@ -248,6 +350,6 @@ def test_sites_that_no_gradient_reaches_are_left_out_unless_they_do_not_change()
 
     module, x = seeded(Rounded), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     graph, changes = traced(module, x)
-    assert set(Sensitivity(graph, ErrorProbe()).effects([x], changes)) == {"smooth"}
+    assert set(Sensitivity(graph, ErrorProbe()).effects([x], changes).sizes) == {"smooth"}
     still = {name: (site, torch.zeros_like(change)) for name, (site, change) in changes.items()}
-    assert Sensitivity(graph, ErrorProbe()).effects([x], still)["rounded"] == 0.0
+    assert Sensitivity(graph, ErrorProbe()).effects([x], still).sizes["rounded"] == 0.0
