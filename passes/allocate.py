@@ -9,7 +9,7 @@ error grows with sparsity, is what the site costs, and the costs are made least 
 effect on the outputs is predicted from gradients, or measured site by site.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 
 from sparsify_compiler.batches import Batch
-from sparsify_compiler.errors import CalibrationError, RecipeError
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.passes.budget import Share, fill, round_to_units
 from sparsify_compiler.passes.error_curves import dense_walk
@@ -25,8 +25,7 @@ from sparsify_compiler.passes.prune.iobs_layer import IOBS, SOLVERS
 from sparsify_compiler.passes.prune.quadratic import tile_of
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
-from sparsify_compiler.passes.sensitivity import Sensitivity
-from sparsify_compiler.passes.weigh import Weighed, weighed_by_gradients, weighed_by_outputs
+from sparsify_compiler.passes.weigh import Weigh, Weighed
 from sparsify_compiler.pattern import Block, Pattern
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.problem import LayerProblem, Pruner
@@ -51,12 +50,13 @@ def allocate(
     batches: Sequence[Batch],
     decisions: Sequence[Decision],
     step: Allocate,
+    weigh: Weigh,
     progress: Progress = silent,
-    sensitivity: Callable[[], Sensitivity] | None = None,
 ) -> Allocation:
     """Return `decisions` with sparsities by `step.by`; the graph, dense, is as it was.
 
-    `sensitivity` makes what the gradients of an error-curve are taken of, and is called if they are asked for.
+    `weigh` gives the costs of an error-curve; "owl" needs none. One pattern at least leaves its sparsity free, as
+    `decide` has checked.
 
     The weights removed are in sum exactly those that the rules asked for; methods that remove the same from every row
     move by whole columns of entries, so that a few more may stay, which the notes say. Each movable site stays within
@@ -64,33 +64,20 @@ def allocate(
     what their rule asks for.
 
     Raises:
-        RecipeError: every pruned site has a pattern that fixes its sparsity, or gradients are asked of a model that
-            gives none.
         CalibrationError: no batches, none that reaches a site, statistics that are not finite, or outputs that hold
             nothing to measure.
         SingularGramError: as SparseGPT, which gives the curves.
     """
-    chosen = [(d.site, d.rule) for d in decisions if d.rule is not None]
-    movable = {site.name: rule for site, rule in chosen if rule.pattern.fixed_sparsity() is None}
-    if not movable:
-        patterns = ", ".join(sorted({str(rule.pattern) for _, rule in chosen}))
-        raise RecipeError(
-            f"[allocate]: sparsities can move where a pattern leaves them free, and every rule has {patterns}, which "
-            "fixes them; leave [allocate] out, or prune some sites to unstructured or to blocks"
-        )
     if not batches:
         raise CalibrationError("[allocate]: it reads what the data does in the model, and no batch was given")
-    free = [decision for decision in decisions if decision.site.name in movable]
-    shares = {d.site.name: _share(d.site, movable[d.site.name], step.spread) for d in free}
+    chosen = [(d, d.rule) for d in decisions if d.rule is not None]
+    movable = [(d, rule) for d, rule in chosen if rule.pattern.fixed_sparsity() is None]
+    free = [decision for decision, _ in movable]
+    shares = {d.site.name: _share(d.site, rule, step.spread) for d, rule in movable}
     if step.by == "owl":
         removed, notes = _by_outliers(dense_walk(graph, batches, free, Wanda(), progress), shares, step.spread)
     else:
-        if step.weigh == "outputs":
-            weighed = weighed_by_outputs(graph, batches, free, shares, progress)
-        else:
-            assert sensitivity is not None, "weigh by gradients, and no way to take them was given"
-            weighed = weighed_by_gradients(sensitivity, graph, batches, free, shares, progress)
-        removed, notes = _by_curves(weighed, shares)
+        removed, notes = _by_curves(weigh(graph, batches, free, shares, progress), shares)
     if not removed:
         raise CalibrationError(
             "[allocate]: no token of the calibration data reached a site whose sparsity can move, or none of these "
@@ -99,9 +86,8 @@ def allocate(
     allocated = tuple(
         _with_sparsity(d, shares[d.site.name], removed[d.site.name]) if d.site.name in removed else d for d in decisions
     )
-    fixed = len(chosen) - len(free)
     notes = [_summary(step, shares, removed), *notes]
-    if fixed:
+    if fixed := len(chosen) - len(free):
         notes.append(f"allocate: {fixed} sites of fixed patterns were left out")
     return Allocation(allocated, tuple(notes))
 

@@ -15,8 +15,7 @@ token of a window has nearly all of their energy (prune/NOTES.md).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,29 +24,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsify_compiler.batches import Batch, Padding, padding, sample_count
-from sparsify_compiler.errors import CalibrationError, ModelError, RecipeError
+from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.layout import output_rows, row_chunks
 from sparsify_compiler.graph import ConvLayout, DifferentiableGraph, Layout, Site
 from sparsify_compiler.passes.gradients import backpropagate
 from sparsify_compiler.passes.refine.teacher import ROWS_AT_A_TIME, SMALLEST, sums_to_one
 from sparsify_compiler.passes.taps import Taps
 from sparsify_compiler.progress import Progress, silent
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Say what to do where a model gives no gradients: a ModelError inside becomes a RecipeError.
-
-    It is refused, not weighed by its outputs instead: that runs the model half through once a site, where gradients
-    cost five runs for all sites, and gives other sparsities; whoever runs it should choose.
-    """
-    try:
-        yield
-    except ModelError as error:
-        raise RecipeError(
-            '[allocate]: weigh = "gradients" cannot be had of this model; set weigh = "outputs", which measures site '
-            f'by site and takes long on large models, or by = "owl" ({error})'
-        ) from error
 
 
 class Probe(Protocol):
@@ -164,7 +147,7 @@ class Sensitivity:
         Memory beside the changes: that of `backpropagate`, and one segment's inputs and gradients by its weights.
 
         Raises:
-            RecipeError: a segment cannot be run with gradients.
+            ModelError: a segment cannot be run with gradients.
             CalibrationError: the outputs hold nothing to measure, or numbers are not finite.
         """
         squares: dict[str, Tensor] = {}
@@ -222,8 +205,7 @@ class Sensitivity:
 
         sites = {name: site for name, (site, _) in changes.items()}
         taps = Taps(sites, tap)
-        with refusing():
-            backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made, keep=False)
+        backpropagate(self.graph, batch, objective, sites, observe=taps.read, emit=taps.made, keep=False)
         for name, moved in by_sample.items():
             _add(squares, name, moved.square().sum())
         return size

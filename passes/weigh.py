@@ -11,7 +11,7 @@ from sparsify_compiler.graph import Graph, Site
 from sparsify_compiler.passes.budget import Curve, Share
 from sparsify_compiler.passes.error_curves import Growth, Outputs, dense_walk, growth
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
-from sparsify_compiler.passes.sensitivity import Sensitivity
+from sparsify_compiler.passes.sensitivity import Effects
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.progress import Progress
 
@@ -32,6 +32,13 @@ class Weighed:
     notes: tuple[str, ...] = ()
 
 
+Weigh = Callable[[Graph, Sequence[Batch], Sequence[Decision], Mapping[str, Share], Progress], Weighed]
+"""Called as weigh(dense graph, batches, decisions to weigh, their bounds by site name, progress)."""
+
+Predict = Callable[[Sequence[Batch], Mapping[str, tuple[Site, Tensor]], Progress], Effects]
+"""Called as predict(batches, changes, progress): see `Sensitivity.effects`."""
+
+
 def weighed_by_outputs(
     graph: Graph,
     batches: Sequence[Batch],
@@ -39,7 +46,7 @@ def weighed_by_outputs(
     shares: Mapping[str, Share],
     progress: Progress,
 ) -> Weighed:
-    """Measure what every site does to the outputs, running the model from the site on.
+    """Measure what every site does to the outputs, running the model from the site on: a `Weigh`.
 
     Raises:
         CalibrationError: as `Outputs` and the walk.
@@ -56,22 +63,21 @@ def weighed_by_outputs(
 
 
 def weighed_by_gradients(
-    sensitivity: Callable[[], Sensitivity],
+    predict: Predict,
     graph: Graph,
     batches: Sequence[Batch],
     decisions: Sequence[Decision],
     shares: Mapping[str, Share],
     progress: Progress,
 ) -> Weighed:
-    """Predict what every site does to the outputs, all of them from the same backward passes.
+    """Predict what every site does to the outputs, all of them from the same backward passes: a `Weigh` of `predict`.
 
     The changes of all weights are held on the host meanwhile: 4 bytes a weight. Sites that no gradient reaches are left
     out, which the notes say.
 
     Raises:
-        RecipeError, CalibrationError: as `sensitivity`, `Sensitivity.effects` and the walk.
+        CalibrationError, SingularGramError: as the walk and SparseGPT; and whatever `predict` raises.
     """
-    taken = sensitivity()  # first: it may refuse the model
     grown: dict[str, Growth] = {}
     changes: dict[str, tuple[Site, Tensor]] = {}
     for site, problems in dense_walk(graph, batches, decisions, SparseGPT(), progress):
@@ -80,7 +86,7 @@ def weighed_by_gradients(
         changes[site.name] = site, change.cpu()
         grown[site.name] = replace(found, weight=change.new_empty(0))
     used = batches[:DIFFERENTIATED]
-    effects = taken.effects(used, changes, progress)
+    effects = predict(used, changes, progress)
     costs = {name: each.curve(effects.sizes[name]) for name, each in grown.items() if name in effects.sizes}
     notes = []
     if lost := [name for name in grown if name not in effects.sizes]:

@@ -16,7 +16,7 @@ from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.rounds import Tune
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.finetune import finetune
-from sparsify_compiler.passes.sensitivity import refusing
+from sparsify_compiler.pipeline.allocation import refusing, takes_gradients
 from sparsify_compiler.pipeline.quality import is_language_model
 from sparsify_compiler.pipeline.refine import differentiable
 from sparsify_compiler.pipeline.rounds import forward_of_graph
@@ -51,7 +51,7 @@ def check_training(graph: Graph, decisions: Sequence[Decision], recipe: Recipe) 
     """
     if recipe.finetune is not None:
         _check_starts(decisions)
-    if recipe.allocate is not None and (recipe.allocate.by, recipe.allocate.weigh) == ("error-curve", "gradients"):
+    if recipe.allocate is not None and takes_gradients(recipe.allocate):
         with refusing():
             differentiable(graph)
     methods = (decision.rule.method for decision in decisions if decision.rule is not None)

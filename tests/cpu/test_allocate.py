@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparsify_compiler as sc
 from sparsify_compiler.calibrate import Walk
-from sparsify_compiler.errors import CalibrationError, DataError, RecipeError
+from sparsify_compiler.errors import CalibrationError, DataError
 from sparsify_compiler.evaluate import fidelity
 from sparsify_compiler.export.report import Report, report_from_json
 from sparsify_compiler.export.report_html import report_html
@@ -299,12 +299,10 @@ def test_error_curves_take_from_what_hardly_matters_and_the_outputs_gain_on_othe
     assert errors[0.2] < 0.9 * errors[None]
 
 
-def test_fixed_patterns_are_refused_alone_and_left_out_beside_others() -> None:
+def test_fixed_patterns_are_left_out_beside_others() -> None:
     module, batches = seeded(Mlp, depth=2), mlp_batches()
     graph = trace_module(module, batches[0])
     fixed = sc.make_rule("*", sc.NM(2, 4), sc.SparseGPT())
-    with pytest.raises(RecipeError, match=r"\[allocate\].*every rule has 2:4.*leave \[allocate\] out"):
-        allocated(graph, batches, Allocate(), fixed)
     found = allocated(graph, batches, Allocate(), sc.make_rule("blocks.*.up", sc.Unstructured(), ALPS(), 0.6), fixed)
     given = sparsities(found.decisions)
     assert {given[name] for name in given if "up" not in name} == {0.5}
