@@ -1,7 +1,7 @@
 """The graph protocol over a torch.fx graph traced from a torch module."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.layout import from_problem, to_problem
 from sparsify_compiler.frontends.torch_channels import find_channels
 from sparsify_compiler.frontends.torch_float32 import InFloat32
+from sparsify_compiler.frontends.torch_inputs import arrange, check_input
 from sparsify_compiler.frontends.torch_parts import Parts, divide
 from sparsify_compiler.frontends.torch_run import Runner, dotted, move_constants, replace_parameter
 from sparsify_compiler.frontends.torch_sites import Product
 from sparsify_compiler.frontends.torch_slice import Slice
-from sparsify_compiler.frontends.torch_trace import Traced, fixed_size, from_program, trace
+from sparsify_compiler.frontends.torch_trace import Traced, from_program, trace
 from sparsify_compiler.graph import Observer, Segment, Site, Values
 from sparsify_compiler.precision import Precision
 
@@ -127,7 +128,7 @@ class TorchGraph:
 
     def enter(self, batch: Batch) -> Values:
         """Turn one user batch into the values alive before segment 0."""
-        inputs = self._arrange(batch)
+        inputs = arrange(self.traced, batch)
         placeholders = self._parts.placeholders
         if len(inputs) != len(placeholders):
             raise DataError(
@@ -135,7 +136,7 @@ class TorchGraph:
             )
         values: Values = {}
         for name, value in zip(placeholders, inputs, strict=True):
-            self._check_input(name, value)
+            check_input(name, value, self._traced_inputs.get(name))
             values[name] = value
         sizes = [node for node in self._parts.constant_nodes if node.name in self._parts.size_names]
         loaded = {name: self._place(value) for name, value in values.items()}
@@ -177,8 +178,11 @@ class TorchGraph:
         return tuple(value for value in found if isinstance(value, Tensor))
 
     def exact_outputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the outputs for one batch, computed in float32 where the model has half precision."""
-        return InFloat32(self.module, self._device).outputs(*map(self._place, self._arrange(batch)))
+        """Return the outputs for one batch, computed in float32 where the model has half precision.
+
+        Of a graph by torch.export: modules that another tracer calls as a whole run as they are.
+        """
+        return InFloat32(self.module, self._device).outputs(*map(self._place, arrange(self.traced, batch)))
 
     def record(
         self, index: int, values: Values, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
@@ -244,43 +248,6 @@ class TorchGraph:
             native = self._native(self._by_name[site], weight).to(self._device, dtype)
             found.update(dict.fromkeys(self._parts.aliases[parameter], native))
         return found
-
-    def _arrange(self, batch: Batch) -> Sequence[Any]:
-        """Order a batch as the graph's placeholders, defaults for what only the trace needed (use_cache)."""
-        if isinstance(batch, Tensor):
-            batch = (batch,)
-        if isinstance(batch, tuple):
-            return [
-                *batch,
-                *(self._default(name) for name in self.traced.keywords[len(batch) - self.traced.positional :]),
-            ]
-        missing = [name for name in self.traced.keywords if name not in batch and name != "use_cache"]
-        unknown = [name for name in batch if name not in self.traced.keywords]
-        if missing or unknown or self.traced.positional:
-            expected = ", ".join(name for name in self.traced.keywords if name != "use_cache")
-            raise DataError(f"the model was traced with inputs {expected or 'by position'}; got {', '.join(batch)}")
-        return [batch[name] if name in batch else self._default(name) for name in self.traced.keywords]
-
-    def _check_input(self, name: str, value: Any) -> None:
-        """Compare an input with what was traced. Raises DataError for another rank, dtype or fixed length."""
-        traced = self._traced_inputs.get(name)
-        if not isinstance(traced, Tensor) or not isinstance(value, Tensor):
-            return
-        asked = [fixed_size(size) for size in traced.shape]
-        fits = len(asked) == value.dim() and all(
-            size in (None, found) for size, found in zip(asked, value.shape, strict=True)
-        )
-        if not fits or value.dtype != traced.dtype:
-            sizes = ", ".join("any" if size is None else str(size) for size in asked)
-            raise DataError(
-                f"input {name!r} is {value.dtype} {tuple(value.shape)}; traced on the first batch, the model takes "
-                f"{traced.dtype} ({sizes}); give batches of one kind"
-            )
-
-    def _default(self, name: str) -> Any:
-        if name == "use_cache":
-            return False
-        raise DataError(f"the model's input {name!r} is missing from the batch")
 
     def _constant_values(self, env: Values) -> Values:
         """Compute what depends on input sizes alone (masks, rotary tables), once per distinct sizes."""

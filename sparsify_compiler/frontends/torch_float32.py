@@ -1,10 +1,9 @@
-"""Run a traced graph in float32 whatever its dtype, so that its rounding hides no difference."""
+"""Run a graph by torch.export in float32 whatever its dtype, so that its rounding hides no difference."""
 
-import copy
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import Argument, Target, map_aggregate
 from torch.utils._pytree import tree_leaves
 
@@ -41,17 +40,10 @@ class InFloat32(fx.Interpreter):
         """Run as the graph of an operation."""
         return self.run(*inputs, enable_io_processing=False)
 
-    def call_module(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a copy of a module that the graph calls as a whole."""
-        return self._wide(self.fetch_attr(str(target)))(*args, **kwargs)
-
     def _wide(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(self._device, torch.float32 if value.dtype in HALF else value.dtype)
-        if isinstance(value, nn.Module):
-            module = copy.deepcopy(value).to(self._device)
-            return module.float() if any(tensor.dtype in HALF for tensor in module.state_dict().values()) else module
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self._device, torch.float32 if value.dtype in HALF else value.dtype)
 
 
 def _wide_dtype(value: Any) -> Any:

@@ -173,19 +173,14 @@ class Mixed(nn.Module):
         return self.b(self.norm(x).type_as(self.b.weight))
 
 
-@pytest.mark.parametrize("tracer", ["export", "symbolic"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [Mlp, Cnn, Mixed])
-def test_exact_outputs_are_those_of_the_module_in_float32(
-    kind: type[nn.Module], dtype: torch.dtype, tracer: str
-) -> None:
+def test_exact_outputs_are_those_of_the_module_in_float32(kind: type[nn.Module], dtype: torch.dtype) -> None:
     module = seeded(kind).to(dtype)
     x = {Mlp: mlp_batches(1)[0], Cnn: image_batches(1)[0]}.get(
         kind, torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     ).to(dtype)
-    if tracer == "symbolic" and kind is Mixed:
-        pytest.skip("its dtypes are read while it runs, which symbolic_trace does not follow")
-    graph = trace_module(module, x) if tracer == "export" else symbolic(module)
+    graph = trace_module(module, x)
     before = {name: tensor.clone() for name, tensor in graph.module.state_dict().items()}
     (found,) = graph.exact_outputs(x)
     with torch.no_grad():
