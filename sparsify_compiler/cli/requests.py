@@ -38,9 +38,6 @@ class CompileRequest:
     choice: DataChoice = DataChoice()
     trust: bool = False
 
-    def __post_init__(self) -> None:
-        check_share(self.options.share_batches, (self.recipe,))
-
 
 @dataclass(frozen=True)
 class InspectRequest:
@@ -87,7 +84,8 @@ class BenchRequest:
 class TableRequest:
     """Prune `model` by every trial on each of `draws` draws of `calibration`, and measure it on every `heldout`.
 
-    `choice` is of the calibration data; at most `heldout_windows` samples of a held-out set are read.
+    `choice` is of the calibration data; at most `heldout_windows` samples of a held-out set are read. Raises RecipeError
+    for batches that no trial could share.
     """
 
     model: str
@@ -105,6 +103,7 @@ class TableRequest:
     trust: bool = False
 
     def __post_init__(self) -> None:
+        # As `method_table` does, which is called when all draws and held-out sets have been read.
         check_share(self.share_batches, (trial.recipe for trial in self.trials))
 
 
