@@ -84,8 +84,8 @@ class BenchRequest:
 class TableRequest:
     """Prune `model` by every trial on each of `draws` draws of `calibration`, and measure it on every `heldout`.
 
-    `choice` is of the calibration data; at most `heldout_windows` samples of a held-out set are read. Raises RecipeError
-    for batches that no trial could share.
+    `choice` is of the calibration data; at most `heldout_windows` samples of a held-out set are read. Shared batches
+    that no trial has rounds for are refused as it is made: a RecipeError.
     """
 
     model: str
