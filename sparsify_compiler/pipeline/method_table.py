@@ -27,7 +27,7 @@ from sparsify_compiler.pipeline.job import Job
 from sparsify_compiler.pipeline.method_table_log import ROWS, RowLog
 from sparsify_compiler.pipeline.method_trials import Trial
 from sparsify_compiler.pipeline.options import Options
-from sparsify_compiler.pipeline.own_loss import check_training
+from sparsify_compiler.pipeline.own_loss import check_trainable
 from sparsify_compiler.pipeline.peak_memory import Peak, peak_memory
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model, measure
 from sparsify_compiler.pipeline.torch_prune import finish_torch, module_forward, prune_torch
@@ -252,7 +252,7 @@ def _check(subject: Subject, trials: Sequence[Trial], draws: Sequence[Draw], opt
         else trace_program(subject.model, options.torch_device())
     )
     for trial in trials:
-        check_training(graph, decide(trial.recipe, graph.sites), trial.recipe)
+        check_trainable(graph, decide(trial.recipe, graph.sites), trial.recipe)
 
 
 def _stands_alone(forward: Forward, data: Heldout) -> bool:

@@ -42,7 +42,7 @@ class OwnLoss:
     notes: tuple[str, ...] = ()
 
 
-def check_training(graph: Graph, decisions: Sequence[Decision], recipe: Recipe) -> None:
+def check_trainable(graph: Graph, decisions: Sequence[Decision], recipe: Recipe) -> None:
     """Refuse training that cannot be done on `graph`, or would be lost; nothing is run, so ask before any pass.
 
     Raises:
@@ -64,7 +64,7 @@ def own_loss(
 ) -> OwnLoss:
     """Prepare what needs the model's own loss: that of the tokens themselves, or the distance to the dense outputs.
 
-    `check_training` has found that it can be had. `graph` is dense when this is called.
+    `check_trainable` has found that it can be had. `graph` is dense when this is called.
     """
     needing = {
         decision.site.name: decision.rule.method.needs

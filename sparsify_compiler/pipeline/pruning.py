@@ -18,7 +18,7 @@ from sparsify_compiler.passes.refine.reconstruct import Reconstruction
 from sparsify_compiler.pipeline.allocation import allocate_sites, allocation_record, restored_allocation
 from sparsify_compiler.pipeline.environment import environment
 from sparsify_compiler.pipeline.job import Job
-from sparsify_compiler.pipeline.own_loss import OwnLoss, check_training, own_loss
+from sparsify_compiler.pipeline.own_loss import OwnLoss, check_trainable, own_loss
 from sparsify_compiler.pipeline.refine import (
     Lesson,
     differentiable,
@@ -79,7 +79,7 @@ class _Pruning:
         self._decisions = decide(job.recipe, graph.sites)
         if job.generated:
             check_without_data(job.recipe, self._decisions)
-        check_training(graph, self._decisions, job.recipe)
+        check_trainable(graph, self._decisions, job.recipe)
         self._divided = self._divide()
         self._data: Sequence[Batch] = job.batches if self._divided is None else self._divided.training
         if job.generated:

@@ -22,7 +22,7 @@ from sparsify_compiler.passes.prune.rounds import Rounds, prune_in_rounds
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.finetune import finetune
 from sparsify_compiler.passes.refine.train import EPSILON, Schedule
-from sparsify_compiler.pipeline.own_loss import check_training, own_loss
+from sparsify_compiler.pipeline.own_loss import check_trainable, own_loss
 from sparsify_compiler.plan import decide
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Pruner
 from sparsify_compiler.progress import silent
@@ -185,7 +185,7 @@ def test_finetune_is_refused_for_methods_that_would_not_see_it() -> None:
     graph = traced(seeded(Causal), batches[0])
     asked = recipe(sc.SparseGPT(), settings=FineTune())
     with pytest.raises(RecipeError, match=r"finetune, but 'sparsegpt' of 'inner' prunes the dense weights anew"):
-        check_training(graph, decide(asked, graph.sites), asked)
+        check_trainable(graph, decide(asked, graph.sites), asked)
     stages: list[str] = []
     late = dataclasses.replace(asked, permute=Permute(), allocate=Allocate())
     with pytest.raises(RecipeError, match="choose iobs or woodtaylor"):
@@ -196,7 +196,7 @@ def test_finetune_is_refused_for_methods_that_would_not_see_it() -> None:
     assert set(stages) == {"trace"}
     for method in (IOBS(), WoodTaylor()):
         fits = recipe(method, settings=FineTune())
-        check_training(graph, decide(fits, graph.sites), fits)
+        check_trainable(graph, decide(fits, graph.sites), fits)
 
 
 @pytest.mark.parametrize("kind", [Causal, Mlp])

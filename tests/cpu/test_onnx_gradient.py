@@ -28,7 +28,7 @@ from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.reconstruct import Reconstruction
 from sparsify_compiler.pattern import NM, Unstructured
-from sparsify_compiler.pipeline.own_loss import check_training
+from sparsify_compiler.pipeline.own_loss import check_trainable
 from sparsify_compiler.plan import decide
 from sparsify_compiler.recipe import Recipe, make_rule
 from sparsify_compiler.steps import Allocate, Distill, FineTune, Reconstruct
@@ -238,10 +238,10 @@ def test_operators_that_give_no_gradient_are_named_before_anything_is_pruned() -
         Recipe((taylor,)),
     ):
         with pytest.raises(ModelError, match="leave out woodtaylor and the steps that train"):
-            check_training(graph, decide(recipe, graph.sites), recipe)
+            check_trainable(graph, decide(recipe, graph.sites), recipe)
     free = (make_rule("*", Unstructured(), SparseGPT(), 0.5),)
     with pytest.raises(RecipeError, match='"gradients" cannot be had of this model; set weigh = "outputs"'):
-        check_training(graph, decide(Recipe(free), graph.sites), Recipe(free, allocate=Allocate()))
+        check_trainable(graph, decide(Recipe(free), graph.sites), Recipe(free, allocate=Allocate()))
     others = (Allocate("owl"), Allocate(weigh="outputs"))
     for recipe in (Recipe((plain,), rounds=2), *(Recipe(free, allocate=step) for step in others)):
-        check_training(graph, decide(recipe, graph.sites), recipe)
+        check_trainable(graph, decide(recipe, graph.sites), recipe)
