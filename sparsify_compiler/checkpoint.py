@@ -53,9 +53,7 @@ class Checkpoint:
             try:
                 table = json.loads(manifest.read_text())
             except ValueError as error:
-                raise DataError(
-                    f"{manifest} is damaged ({error}); delete {folder} and start again"
-                ) from None
+                raise DataError(f"{manifest} is damaged ({error}); delete {folder} and start again") from None
             if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
                 raise DataError(
                     f"--resume: {folder} was started with another model, data, recipe or library version; "
