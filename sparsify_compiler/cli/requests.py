@@ -38,6 +38,9 @@ class CompileRequest:
     choice: DataChoice = DataChoice()
     trust: bool = False
 
+    def __post_init__(self) -> None:
+        check_share(self.options.share_batches, (self.recipe,))
+
 
 @dataclass(frozen=True)
 class InspectRequest:
@@ -103,7 +106,6 @@ class TableRequest:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        # As `method_table` does, which is called when all draws and held-out sets have been read.
         check_share(self.share_batches, (trial.recipe for trial in self.trials))
 
 
