@@ -93,17 +93,23 @@ def distill(
     if begin is None:
         best.offer(0, None, weights, best.keep)
 
+    schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
+    count = len(training.teacher.batches)
+    steps = schedule.steps(count)
+
+    def say(step: int) -> None:
+        done = (len(best.epochs) - 1) * steps // settings.epochs + step
+        progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", done, steps)
+
     def ended(epoch: int, loss: float, weights: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None) -> None:
         assert keep is not None
         best.offer(epoch, loss, weights, keep)
-        progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", epoch, settings.epochs)
+        say(0)
 
     remember = partial(best.write, checkpoint) if checkpoint is not None else None
-    progress(f"distill, {heldout.words} {best.epochs[-1].heldout:.4g}", len(best.epochs) - 1, settings.epochs)
-    schedule = Schedule(settings.epochs, settings.rate, settings.batches, WARMUP, seed, SHORT)
-    count = len(training.teacher.batches)
+    say(0)
     gradient = _gradient(graph, {site.name: site for site in sites}, training, settings.precision, device)
-    trained = train(weights, best.keep, count, gradient, schedule, reselect, ended, begin, remember)
+    trained = train(weights, best.keep, count, gradient, schedule, reselect, ended, begin, remember, say)
     for site in sites:
         graph.set_weight(site, best.weights[site.name])
     final = {name: mask.cpu() for name, mask in best.keep.items()}

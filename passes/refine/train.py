@@ -109,12 +109,14 @@ def train(
     after_epoch: AfterEpoch | None = None,
     begin: TrainingState | None = None,
     remember: Remember | None = None,
+    say: Callable[[int], None] | None = None,
 ) -> Trained:
     """Tune `weights`, leaf tensors (groups, out, in) float32, in place over `count` batches by Adam (Kingma & Ba 2015).
 
     Where `keep` (bool, as the weights) is False a weight must be zero and stays so exactly; None: all are free. A loss
     that is not finite ends the training, and a note says so: whoever calls this keeps the best weights it saw. With
-    `begin`, what `remember` was given after an epoch, training goes on from there.
+    `begin`, what `remember` was given after an epoch, training goes on from there. `say` is called before every step
+    with its number in the epoch, from 0.
     """
     loop = _Loop(weights, dict(keep) if keep is not None else None, reselect, schedule, schedule.steps(count))
     losses: list[float] = []
@@ -127,7 +129,9 @@ def train(
         if begin is not None and epoch <= len(begin.losses):
             continue
         total = 0.0
-        for numbers in parts:
+        for number, numbers in enumerate(parts):
+            if say is not None:
+                say(number)
             loss = loop.step(step, schedule.rate_at(step, loop.steps), numbers, gradient)
             if not math.isfinite(loss):
                 note = f"the training loss is {loss} at step {step + 1} of {loop.steps}: training ended; lower the rate"
