@@ -57,7 +57,7 @@ class Checkpoint:
             if table.get("version") != VERSION or table.get("fingerprint") != fingerprint:
                 raise DataError(
                     f"--resume: {folder} was started with another model, data, recipe or library version; "
-                    f"delete that folder, or compile with --overwrite instead of --resume"
+                    "delete that folder, or compile with --overwrite instead of --resume"
                 )
             self._finished = table["segments"]
         else:

@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch
-from sparsify_compiler.boundaries import Boundaries
 from sparsify_compiler.errors import ModelError, RecipeError
-from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.report_rows import size
 from sparsify_compiler.graph import DifferentiableGraph, Graph, Site
 from sparsify_compiler.passes.allocate import Allocation, allocate
@@ -19,6 +17,7 @@ from sparsify_compiler.passes.sensitivity import DivergenceProbe, Effects, Error
 from sparsify_compiler.passes.weigh import weighed_by_gradients, weighed_by_outputs
 from sparsify_compiler.pipeline.quality import Heldout, is_language_model
 from sparsify_compiler.pipeline.refine import differentiable
+from sparsify_compiler.pipeline.rounds import forward_of_graph
 from sparsify_compiler.plan import Decision
 from sparsify_compiler.progress import Progress
 from sparsify_compiler.steps import Allocate
@@ -100,20 +99,8 @@ def _effects(
     changes: Mapping[str, tuple[Site, Tensor]],
     progress: Progress,
 ) -> Effects:
-    """Predict by the distance that suits the model; see `passes.weigh.Predict`."""
+    """Predict by the distance that suits the model, on batches that the walk has run; see `passes.weigh.Predict`."""
     with refusing():
-        language = is_language_model(_walked(graph), batches[0])
+        language = is_language_model(forward_of_graph(graph), batches[0])
         probe = DivergenceProbe(by_token=language) if language or labelled else ErrorProbe()
         return Sensitivity(graph, probe).effects(batches, changes, progress)
-
-
-def _walked(graph: Graph) -> Forward:
-    """Return the graph as a function of batches that names one which does not fit, as `Boundaries` do."""
-
-    def forward(batch: Batch) -> tuple[Tensor, ...]:
-        walked = Boundaries(graph, [batch])
-        for segment in graph.segments:
-            walked.advance(segment.index)
-        return graph.outputs(walked.values[0])
-
-    return forward

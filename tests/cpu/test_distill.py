@@ -1,6 +1,6 @@
 """Distillation: gradients segment by segment against autograd, its losses in closed form, the best epoch, new masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from sparsify_compiler.frontends.layout import from_problem
 from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.graph import Site
 from sparsify_compiler.passes.gradients import Objective, backpropagate
-from sparsify_compiler.passes.refine.distill import Epoch, distill
+from sparsify_compiler.passes.refine.distill import Distilled, Epoch, distill
 from sparsify_compiler.passes.refine.reselect import DiagonalReselect, SiteMask, site_mask
-from sparsify_compiler.passes.refine.teacher import Divergence, RelativeError, Teacher, sums_to_one
-from sparsify_compiler.passes.refine.train import Schedule, Trained, TrainingState, add_gradients, train
+from sparsify_compiler.passes.refine.teacher import Distance, Divergence, RelativeError, Teacher, sums_to_one
+from sparsify_compiler.passes.refine.train import Reselect, Schedule, Trained, TrainingState, add_gradients, train
 from sparsify_compiler.pattern import NM, Pattern, Unstructured
+from sparsify_compiler.progress import Progress, silent
 from sparsify_compiler.steps import Distill
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
@@ -57,6 +58,19 @@ def pruned(kind: type[nn.Module], batches: Batches, pattern: Pattern | None = No
         keep[site.name] = torch.stack([(pattern or Unstructured()).select(w.abs(), 0.5, site.run) for w in weight])
         graph.set_weight(site, weight * keep[site.name])
     return Pruned(graph, module, sites, keep, teacher, heldout)
+
+
+def distilled(
+    found: Pruned,
+    settings: Distill,
+    distance: Callable[[Teacher], Distance] = RelativeError.of,
+    reselect: Reselect | None = None,
+    progress: Progress = silent,
+    checkpoint: Checkpoint | None = None,
+) -> Distilled:
+    """Distil by `distance` on the batches of both of its teachers."""
+    both = (distance(found.teacher), distance(found.heldout))
+    return distill(found.graph, found.sites, found.keep, *both, settings, reselect, progress, checkpoint=checkpoint)
 
 
 def native(site: Site, weight: Tensor) -> Tensor:
@@ -169,14 +183,7 @@ def test_distillation_lowers_the_held_out_loss_with_exact_zeros_and_repeats_itse
     for _ in range(2):
         found = pruned(kind, batches)
         before = {name: tensor.clone() for name, tensor in found.module.state_dict().items()}
-        done = distill(
-            found.graph,
-            found.sites,
-            found.keep,
-            distance(found.teacher),
-            distance(found.heldout),
-            Distill(3, 1e-3, 2),
-        )
+        done = distilled(found, Distill(3, 1e-3, 2), distance)
         assert [epoch.number for epoch in done.epochs] == [0, 1, 2, 3]
         assert done.best == min(done.epochs, key=lambda epoch: epoch.heldout).number
         assert done.epochs[done.best].heldout < done.epochs[0].heldout
@@ -194,8 +201,7 @@ def test_distillation_lowers_the_held_out_loss_with_exact_zeros_and_repeats_itse
 def test_training_that_makes_it_worse_leaves_the_weights_it_began_with() -> None:
     found = pruned(Mlp, mlp_batches(3))
     start = found.weights()
-    distances = [RelativeError.of(teacher) for teacher in (found.teacher, found.heldout)]
-    done = distill(found.graph, found.sites, found.keep, distances[0], distances[1], Distill(2, 0.9, 2))
+    done = distilled(found, Distill(2, 0.9, 2))
     assert done.best == 0
     assert all(torch.equal(weight, start[name]) for name, weight in found.weights().items())
 
@@ -220,15 +226,7 @@ def test_masks_selected_anew_obey_the_pattern_and_keep_every_group_s_count(
 ) -> None:
     found = pruned(kind, batches, pattern)
     masks = tuple(site_mask(site, pattern, found.keep[site.name]) for site in found.sites)
-    done = distill(
-        found.graph,
-        found.sites,
-        found.keep,
-        RelativeError.of(found.teacher),
-        RelativeError.of(found.heldout),
-        Distill(4, 1e-2, 1),
-        DiagonalReselect(masks, 2),
-    )
+    done = distilled(found, Distill(4, 1e-2, 1), reselect=DiagonalReselect(masks, 2))
     assert done.best > 0
     assert done.changed > 0
     for site in found.sites:
@@ -330,16 +328,8 @@ def test_distillation_that_was_cut_short_goes_on_from_its_last_whole_epoch(tmp_p
             if done == stop:
                 raise KeyboardInterrupt
 
-        done = distill(
-            found.graph,
-            found.sites,
-            found.keep,
-            RelativeError.of(found.teacher),
-            RelativeError.of(found.heldout),
-            Distill(4, 3e-2, 1),
-            progress=progress,
-            checkpoint=Checkpoint(tmp_path / folder, "run", resume),
-        )
+        checkpoint = Checkpoint(tmp_path / folder, "run", resume)
+        done = distilled(found, Distill(4, 3e-2, 1), progress=progress, checkpoint=checkpoint)
         return done.epochs, found.weights(), seen
 
     epochs, weights, _ = run("whole")
