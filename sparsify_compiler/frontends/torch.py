@@ -12,6 +12,7 @@ from sparsify_compiler.batches import Batch
 from sparsify_compiler.channels import ChannelMap, Channels
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.layout import from_problem, to_problem
+from sparsify_compiler.frontends.torch_causal import causal_masks, drop_causal_masks
 from sparsify_compiler.frontends.torch_channels import find_channels
 from sparsify_compiler.frontends.torch_float32 import InFloat32
 from sparsify_compiler.frontends.torch_inputs import arrange, check_input
@@ -62,6 +63,7 @@ class TorchGraph:
             move_constants(self.module, self._device)
         self._runner = Runner(self._parts.products, self._fetch, precision, self._device)
         self._traced_inputs = {n.name: n.meta.get("val") for n in self.module.graph.nodes if n.op == "placeholder"}
+        self._masks = causal_masks(self.module, frozenset(node.name for node in self._parts.constant_nodes))
         self._by_name = {site.name: site for site in self._parts.sites}
         self._site_names = {node: name for name, nodes in self._parts.site_products.items() for node in nodes}
         self._resident: dict[str, Any] = {}
@@ -258,7 +260,8 @@ class TorchGraph:
             nodes = [node for node in self._parts.constant_nodes if node.name not in self._parts.size_names]
             known = {name: env[name] for name in self._parts.size_names}
             with torch.no_grad():
-                self._constants[key] = self._runner.run(nodes, known, self._parts.constant_names, {})
+                made = self._runner.run(nodes, known, self._parts.constant_names, {})
+                self._constants[key] = drop_causal_masks(made, self._masks)
         return self._constants[key]
 
     def _place(self, value: Any) -> Any:

@@ -245,9 +245,13 @@ def _alive(
     sizes: tuple[str, ...],
     outputs: tuple[object, ...],
 ) -> tuple[frozenset[str], tuple[frozenset[str], ...]]:
-    """Return the values alive before segment 0 and after every segment; sizes are alive throughout."""
-    alive = {v.name for v in outputs if isinstance(v, fx.Node) and v.op != "get_attr" and v not in constants}
-    after = [frozenset(alive | set(sizes))]
+    """Return the values alive before segment 0 and after every segment; sizes are alive throughout.
+
+    Of the constants, which every segment has, those that the model returns are alive after the last.
+    """
+    returned = {v for v in outputs if isinstance(v, fx.Node) and v.op != "get_attr"}
+    alive = {v.name for v in returned - constants}
+    after = [frozenset({v.name for v in returned} | set(sizes))]
     for nodes in reversed(segment_nodes):
         alive -= {node.name for node in nodes}
         alive |= {

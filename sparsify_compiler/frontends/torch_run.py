@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify_compiler.frontends.torch_causal import attend_causally, is_masked
 from sparsify_compiler.frontends.torch_sites import Product
 from sparsify_compiler.graph import Values
 from sparsify_compiler.precision import Precision, products
@@ -67,6 +68,8 @@ class Runner:
         args = fx.node.map_arg(node.args, load)
         kwargs = fx.node.map_arg(node.kwargs, load)
         if node.op == "call_function":
+            if is_masked(args, kwargs):
+                return attend_causally(node, args, kwargs)
             function: Callable[..., Any] = node.target  # type: ignore[assignment]  # fx: a callable here
             return function(*args, **kwargs)
         if node.op == "call_method":
