@@ -151,8 +151,11 @@ def _choose_tiles(pattern: Block, columns: Tensor, factor: Tensor, count: int) -
 
 
 def _scores(columns: Tensor, factor: Tensor) -> Tensor:
-    """Return the error of removing each weight alone, w² / U_jj² (Alg. 1, line 7): (width, out)."""
-    return (columns / factor.diagonal()[:, None]).square()
+    """Return the root of the error of removing each weight alone, |w| / U_jj (Alg. 1, line 7): (width, out).
+
+    It orders as the error does, and where the layer's outputs fit float32, so does it: squares need not.
+    """
+    return (columns / factor.diagonal()[:, None]).abs()
 
 
 def _share(total: int, span: Span, in_: int) -> int:

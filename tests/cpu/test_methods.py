@@ -16,6 +16,9 @@ from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
 
+# Weight and inputs times these: squares of weights, or of what a weight adds to an output, leave float32's range.
+EXTREMES = ((2.0**-100, 1.0), (2.0**65, 1.0), (2.0**-40, 2.0**-40), (2.0**60, 2.0**60), (1.0, 2.0**-70), (2.0**-70, 2.0**60))
+
 both_ways = pytest.mark.parametrize("refit", [False, True], ids=["selected", "refitted"])
 
 
@@ -64,16 +67,14 @@ def test_the_same_problem_twice_gives_the_same_solution(method: Pruner, case: Ca
 
 @every_method
 @every_case
-@pytest.mark.parametrize(("weight", "input_"), [(8.0, 1.0), (1.0, 0.25), (2.0**-9, 2.0**10)])
-def test_scaling_the_weight_or_the_inputs_scales_the_solution(
-    method: Pruner, case: Case, weight: float, input_: float
-) -> None:
+def test_scaling_the_weight_or_the_inputs_scales_the_solution(method: Pruner, case: Case) -> None:
     problem = problem_of(case)
     plain = method.prune(problem)
-    other = method.prune(scaled(problem, weight, input_))
-    # Powers of two shift exponents only, so every step of the arithmetic is the same: exact equality.
-    assert torch.equal(plain.keep, other.keep)
-    assert torch.equal(plain.weight * weight, other.weight)
+    for weight, input_ in ((8, 1), (1, 0.25), *EXTREMES):
+        other = method.prune(scaled(problem, weight, input_))
+        # Powers of two shift exponents only, so every step of the arithmetic is the same: exact equality.
+        assert torch.equal(plain.keep, other.keep), f"another mask at a weight times {weight}, inputs times {input_}"
+        assert torch.equal(plain.weight * weight, other.weight)
 
 
 @every_method
