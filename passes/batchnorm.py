@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.batches import Batch, call
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.frontends.torch_trace import inference
 from sparsify_compiler.progress import Progress, silent
@@ -54,7 +54,7 @@ def reestimate_batchnorm(
         for number, batch in enumerate(batches):
             progress("re-estimate BatchNorm", number, len(batches))
             for each in (dense, module):
-                call(each, to_device(batch, next((p.device for p in each.parameters()), torch.device("cpu"))))
+                call(each, batch)
             for pair in pairs.values():
                 pair.latest.clear()
         progress("re-estimate BatchNorm", len(batches), len(batches))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from sparsify_compiler.batches import Batch
+from sparsify_compiler.batches import Batch, home
 from sparsify_compiler.errors import DataError, ExportError
 from sparsify_compiler.export.onnx_model import OnnxSite, WrittenOnnx, write_torch_onnx
 from sparsify_compiler.export.onnx_pack import Flavour
@@ -247,7 +247,7 @@ def _given(batches: Iterable[Batch] | None, source: Source) -> Sequence[Batch] |
 def random_batches(source: Source, seed: int, device: torch.device) -> Sequence[Batch]:
     """Generate inputs the model accepts, on `device`. Raises DataError where it accepts none."""
     if source.kind == "module" and source.module is not None:  # the caller's own: probed where it is, not moved
-        device = next((p.device for p in source.module.parameters()), torch.device("cpu"))
+        device = home(source.module, device)
     return generate_data(source, seed, refuses(forward_of(source, device))).batches
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, overload
 
 import torch
@@ -50,7 +50,7 @@ def call(module: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
 def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Split a batch into the positional and keyword arguments of the module's forward, `use_cache=False` among them.
 
-    The tensors are copies: a forward that writes into its inputs leaves the batch as it was.
+    The tensors are copies where the module lies: a forward that writes into its inputs leaves the batch as it was.
 
     Raises:
         DataError: a named batch does not fit the arguments of the module's forward.
@@ -58,8 +58,18 @@ def call_arguments(module: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...],
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _parameters(module) else {}
     if isinstance(batch, dict):
         _check_names(module, batch)
-        return (), {**options, **{name: tensor.clone() for name, tensor in batch.items()}}
-    return tuple(tensor.clone() for tensor in (batch if isinstance(batch, tuple) else (batch,))), options
+        return (), {**options, **{name: _copied(tensor, module) for name, tensor in batch.items()}}
+    return tuple(_copied(tensor, module) for tensor in (batch if isinstance(batch, tuple) else (batch,))), options
+
+
+def home(module: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
+    """Return where the first parameter of `module` lies, or its first buffer, or `otherwise` where it has neither."""
+    held = next(chain(module.parameters(), module.buffers()), None)
+    return held.device if held is not None else torch.device(otherwise)
+
+
+def _copied(tensor: Tensor, module: nn.Module) -> Tensor:
+    return tensor.to(home(module, tensor.device), copy=True)
 
 
 def output_tensors(value: object) -> tuple[Tensor, ...]:

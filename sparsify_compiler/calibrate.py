@@ -278,4 +278,4 @@ def _add(
     if key in moments:
         moments[key].add(x, names[key], number, hidden)
         if dense:
-            moments[key].add_pair(x, dense[key].pop(0), hidden)
+            moments[key].add_pair(x, dense[key].pop(0), names[key], number, hidden)

@@ -59,14 +59,13 @@ class Moments:
                 else:
                     add_gram(self._second, chunk)
             self.tokens += rows.shape[1]
-        if not torch.isfinite(self._diagonal(self._second)).all():
-            raise CalibrationError(
-                f"site {name!r}: its input holds NaN or infinity in calibration batch {batch}; "
-                "check the model's dtype (float16 overflows at 65504) and the data"
-            )
+        _check_finite(self._diagonal(self._second), f"site {name!r}: its input", batch)
 
-    def add_pair(self, x: Tensor, dense: Tensor, padding: Padding | None = None) -> None:
-        """Add X_prunedᵀ X_dense and X_denseᵀ X_dense for the same tokens."""
+    def add_pair(self, x: Tensor, dense: Tensor, name: str, batch: int, padding: Padding | None = None) -> None:
+        """Add X_prunedᵀ X_dense and X_denseᵀ X_dense for the same tokens, of which `add` has checked X_pruned.
+
+        Raises CalibrationError where the dense model's are not finite.
+        """
         if self.cross is None or self.dense_second is None:
             self.cross, self.dense_second = self._zeros(x.device, full=True), self._zeros(x.device, full=True)
         chunks = (row_chunks(each, self.layout, padding) for each in (x, dense))
@@ -76,6 +75,7 @@ class Moments:
                 right = dense_rows[:, start : start + SLICE_ROWS].to(torch.float32)
                 self.cross += left.transpose(1, 2) @ right
                 self.dense_second += right.transpose(1, 2) @ right
+        _check_finite(self.dense_second.diagonal(dim1=1, dim2=2), f"site {name!r}: its input in the dense model", batch)
 
     def mean_square(self, group: int) -> Tensor:
         """Return the mean of x² per input, (in,) float64."""
@@ -119,6 +119,14 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     for start in range(0, in_, PANEL):
         stop = min(start + PANEL, in_)
         total[:, start:, start:stop] += transposed[:, start:] @ rows[:, :, start:stop]
+
+
+def _check_finite(diagonal: Tensor, what: str, batch: int) -> None:
+    if not torch.isfinite(diagonal).all():
+        raise CalibrationError(
+            f"{what} holds NaN or infinity in calibration batch {batch}; check the model's dtype (float16 overflows at "
+            "65504) and the data"
+        )
 
 
 def size_bytes(groups: int, in_: int, needs: Needs) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sparsify_compiler.batches import Batch
+from sparsify_compiler.batches import Batch, home
 from sparsify_compiler.channels import ChannelMap, Channels
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.frontends.layout import from_problem, to_problem
@@ -57,7 +57,7 @@ class TorchGraph:
         self.traced = traced
         self.module = traced.graph_module
         self._parts: Parts = divide(self.module)
-        at = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        at = home(self.module)
         self._device = device or at
         if self._device != at:
             move_constants(self.module, self._device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsify_compiler.batches import Batch, call, named_tensors, to_device
+from sparsify_compiler.batches import Batch, call, named_tensors
 from sparsify_compiler.errors import DataError, ModelError, SparsifyError, first_line
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.frontends.torch_trace import inference
@@ -36,7 +36,7 @@ def forward_of(source: Source, device: torch.device) -> Forward:
 
     def forward(batch: Batch) -> tuple[Tensor, ...]:
         with inference(module) if training else torch.no_grad():
-            return call(module, to_device(batch, device))
+            return call(module, batch)
 
     return forward
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from sparsify_compiler.batches import home
 from sparsify_compiler.export.torch import Artefact
 from sparsify_compiler.passes.lower import Lowerable, lower, lowerable
 from sparsify_compiler.pattern import parse_pattern
@@ -24,7 +25,7 @@ def put_kernels(module: nn.Module, artefact: Artefact) -> str:
         return ""
     for site in sparse:
         kernel_named(site.kernel)
-    here = next((p.device for p in module.parameters()), torch.device("cpu"))
+    here = home(module)
     if artefact.device != device_name(here):
         return (
             f"all {len(sparse)} sites whose sparse kernel won run dense: they were measured on {artefact.device} and "

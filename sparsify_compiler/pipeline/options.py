@@ -64,16 +64,22 @@ class Options:
         return DTYPES[self.dtype]
 
     def torch_device(self) -> torch.device:
-        """Return the device; "auto" is the current CUDA device where there is one. Raises DataError."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Return the device; "auto" and "cuda" are the current CUDA device, by its number. Raises DataError."""
+        asked = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         try:
-            device = torch.device(self.device)
+            device = torch.device(asked)
         except RuntimeError:
             raise DataError(f"device {self.device!r}: choose auto, cpu, cuda or cuda:N") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DataError(f"device {self.device!r}: torch finds no CUDA device here; use --device cpu")
-        return device
+        if device.type != "cuda":
+            return device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise DataError(
+                f"device {self.device!r}: torch finds {torch.cuda.device_count()} CUDA devices, from cuda:0"
+            )
+        return torch.device("cuda", index)  # as tensors say where they are: one without a number equals none of theirs
 
 
 def check_share(share_batches: bool, recipes: Iterable[Recipe]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.batches import Batch, call
 from sparsify_compiler.errors import KernelError, VerificationError
 from sparsify_compiler.export.onnx_model import OnnxSite, write_torch_onnx
 from sparsify_compiler.export.report import FileReport, Report, Verification
@@ -42,14 +42,10 @@ def compile_torch(job: Job, model: nn.Module | ExportedProgram, reference: str) 
 
     def run_dense(batch: Batch) -> tuple[Tensor, ...]:
         with inference(dense):  # the user's module may be in training mode
-            return call(dense, to_device(batch, home))
+            return call(dense, batch)
 
     device = job.options.torch_device()
-    home = next((p.device for p in dense.parameters()), torch.device("cpu"))
-    quality = job.quality(
-        run_dense,
-        lambda batch: call(pruned.module, to_device(_cast(batch, job), home)),
-    )
+    quality = job.quality(run_dense, lambda batch: call(pruned.module, _cast(batch, job)))
     move_module(pruned.module, torch.device("cpu"))  # the files are written and checked there
     try:
         packed, files, verification, forms = _write(job, pruned, verdicts, reference)
@@ -118,8 +114,7 @@ def _conv_inputs(job: Job, pruned: Pruned, parts: Mapping[str, Lowerable]) -> di
     names = [name for name, part in parts.items() if _is_conv(part)]
     if not names:
         return {}
-    home = next((p.device for p in pruned.module.parameters()), torch.device("cpu"))
-    return conv_inputs(pruned.module, names, to_device(_cast(job.batches[0], job), home))
+    return conv_inputs(pruned.module, names, _cast(job.batches[0], job))
 
 
 def _is_conv(part: Lowerable) -> bool:

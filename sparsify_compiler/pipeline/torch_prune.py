@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sparsify_compiler.batches import Batch, call, to_device
+from sparsify_compiler.batches import Batch, call, home
 from sparsify_compiler.errors import DataError
 from sparsify_compiler.evaluate import Forward
 from sparsify_compiler.export.torch import PrunedSite
@@ -107,11 +107,10 @@ def _settle(job: Job, model: nn.Module, graph: TorchGraph) -> Forward:
 
 def module_forward(module: nn.Module, precision: Precision = "float32") -> Forward:
     """Return `module`, in eval mode, as a function of batches that may lie elsewhere; products run in `precision`."""
-    home = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     def forward(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.no_grad(), products(precision, home):
-            return call(module, to_device(batch, home))
+        with torch.no_grad(), products(precision, home(module)):
+            return call(module, batch)
 
     return forward
 
@@ -119,8 +118,7 @@ def module_forward(module: nn.Module, precision: Precision = "float32") -> Forwa
 def _copy(model: nn.Module | ExportedProgram, graph: TorchGraph, outcomes: Iterable[str]) -> nn.Module:
     """Copy the user's module with the graph's new weights in it, not copied; the dense ones are left out."""
     if isinstance(model, ExportedProgram):
-        home = next((p.device for p in graph.module.parameters()), torch.device("cpu"))
-        return move_module(_unshare(graph.module), home)
+        return move_module(_unshare(graph.module), home(graph.module))
     by_name = {site.name: site for site in graph.sites}
     memo: dict[int, object] = {}
     for names in dict.fromkeys((*graph.reordered, *(graph.aliases(by_name[name]) for name in outcomes))):

@@ -96,3 +96,13 @@ def test_no_tokens_or_none_at_all_are_refused() -> None:
             tune(packed(), dataclasses.replace(spec_for(packed(), (1,)), tokens=tokens), (Fake("dense"),))
     with pytest.raises(DataError, match="at least one count"):
         Options(tokens=(0,))
+
+
+def test_a_cuda_device_has_its_number_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = [str(Options(device=word).torch_device()) for word in ("auto", "cuda", "cuda:0", "cpu")]
+    assert found == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    with pytest.raises(DataError, match=r"'cuda:2'.*2 CUDA devices"):
+        Options(device="cuda:2").torch_device()

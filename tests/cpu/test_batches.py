@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from sparsify_compiler.batches import (
     call,
     forward_inputs,
+    home,
     main_tensor,
     named_tensors,
     output_tensors,
@@ -31,6 +32,22 @@ def test_a_tensor_a_tuple_and_a_dict_give_the_same_call() -> None:
     by_name = call(TwoInputs(), {"scale": scale, "x": x})
     assert all(torch.equal(a, b) for a, b in zip(by_position, by_name, strict=True))
     assert torch.equal(call(TwoInputs(), x)[0], x)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_a_batch_is_brought_to_where_the_module_lies_and_stays_where_it_was(kind: str) -> None:
+    x = torch.zeros(2, 3)
+    batch = {"tensor": x, "tuple": (x,), "dict": {"input": x}}[kind]
+    (y,) = call(nn.Linear(3, 4, device="meta"), batch)  # type: ignore[arg-type]
+    assert y.device.type == "meta"
+    assert x.device.type == "cpu"
+
+
+def test_a_module_lies_where_its_first_parameter_or_else_its_first_buffer_is() -> None:
+    assert home(nn.Linear(2, 2, device="meta")).type == "meta"
+    assert home(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
+    assert home(nn.ReLU()).type == "cpu"
+    assert home(nn.ReLU(), "meta").type == "meta"
 
 
 def test_outputs_are_flattened_in_order_and_none_is_left_out() -> None:

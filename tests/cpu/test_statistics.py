@@ -57,7 +57,7 @@ def test_dense_targets_give_the_cross_products_of_the_same_tokens() -> None:
     pruned, dense = torch.randn(5, 40, 6), torch.randn(5, 40, 6)
     moments = Moments(LINEAR, 1, 6, Needs.GRAM)
     moments.add(pruned, "site", 0)
-    moments.add_pair(pruned, dense)
+    moments.add_pair(pruned, dense, "site", 0)
     assert moments.cross is not None
     expected = pruned.reshape(-1, 6).double().t() @ dense.reshape(-1, 6).double()
     assert torch.allclose(moments.cross[0], expected, atol=1e-4)  # sums of 200 float32 products of order 1
@@ -70,6 +70,17 @@ def test_activations_that_are_not_finite_name_the_site_and_the_batch(bad: float)
     x[1, 2] = bad
     with pytest.raises(CalibrationError, match=r"'blocks\.3\.fc'.*batch 7"):
         moments.add(x, "blocks.3.fc", 7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_dense_activations_that_are_not_finite_name_the_site_and_the_batch(bad: float) -> None:
+    moments = Moments(LINEAR, 1, 4, Needs.GRAM)
+    x = torch.ones(3, 4)
+    dense = x.clone()
+    dense[1, 2] = bad
+    moments.add(x, "blocks.3.fc", 7)
+    with pytest.raises(CalibrationError, match=r"'blocks\.3\.fc'.*dense model.*batch 7"):
+        moments.add_pair(x, dense, "blocks.3.fc", 7)
 
 
 def test_a_site_without_tokens_says_so() -> None:

@@ -38,6 +38,13 @@ def test_running_all_segments_equals_the_module_on_other_sizes_too(kind: type[nn
             assert torch.equal(run_all(graph, batch)[0], module(batch))
 
 
+def test_a_model_on_another_device_than_its_batch_is_exported() -> None:
+    module, x = seeded(Mlp), mlp_batches(1)[0]
+    graph = trace_module(module.to("meta"), x)  # the one device besides the CPU that every machine has
+    assert graph.traced.how == "torch.export"
+    assert run_all(graph, x)[0].device.type == "meta"
+
+
 def test_an_example_batch_of_one_still_gives_a_dynamic_graph() -> None:
     module, x = seeded(Mlp), mlp_batches(1)[0]
     graph = trace_module(module, x[:1])
