@@ -19,7 +19,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Rate:
-    """‖θ_{t+1} − θ*‖ <= factor · (linear · e + quadratic · e²) with e = ‖θ_t − θ*‖; all (problems,)."""
+    """‖θ_{t+1} − θ*‖ <= factor · (linear · e + quadratic · e²) with e = ‖θ_t − θ*‖; all (problems,).
+
+    Both factors, `tight` and `printed`, are NaN where θ* has more non-zeros than are kept: no theorem speaks of that.
+    """
 
     tight: Tensor
     printed: Tensor
@@ -30,7 +33,9 @@ class Rate:
         """Return the bounds for the iterates whose distances are `distance` (steps + 1, problems)."""
         newton = self.linear * distance[:-1] + self.quadratic * distance[:-1].square()
         first = torch.full_like(distance[:1], float("nan"))
-        return Bound(torch.cat([first, self.tight * newton]), torch.cat([first, self.printed * newton]))
+        # an infinite factor of nothing left by the Newton step: 0, as at every kept count below d
+        printed = torch.where((newton == 0) & self.printed.isinf(), 0.0, self.printed * newton)
+        return Bound(torch.cat([first, self.tight * newton]), torch.cat([first, printed]))
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,18 @@ class Constants:
     def compensated(self, d: int, kept: Tensor, step: float = 1.0, damp: float = 0.0) -> Rate:
         """Return Theorem 1 for a support no worse than top-k's: c = 1 + √(L/μ · (d − k)/(d − k*)).
 
-        The paper prints that last ratio upside down (eq. 11 too), which is looser and infinite for k = d. For η < 1
-        and a ridge δ, H + δ takes the place of H, and the Newton point is off by (1 − ημ/(μ + δ)) e + ηM e²/(2(μ + δ)).
+        The paper prints that last ratio upside down (eq. 11 too), which is looser and infinite for k = d > k*. With
+        k = d nothing is removed, so the tight c is 1; with k* = k = d the printed ratio is 1, as wherever k = k* < d.
+        For η < 1 and a ridge δ, H + δ takes the place of H, and the Newton point is off by
+        (1 − ημ/(μ + δ)) e + ηM e²/(2(μ + δ)).
         """
+        kept = kept.double()
         ridge = damp * self.diagonal
-        ratio = (d - kept) / (d - self.sparsity)
+        ratio = (d - kept) / (d - self.sparsity).clamp_min(1)
         condition = (self.smoothness + ridge) / (self.convexity + ridge)
-        return self._rate(1 + (condition * ratio).sqrt(), 1 + (condition / ratio).sqrt(), step, ridge)
+        inverted = torch.where(self.sparsity == d, 1.0, 1 / ratio)
+        factors = 1 + (condition * ratio).sqrt(), 1 + (condition * inverted).sqrt()
+        return self._rate(*self._where_sparse(kept, *factors), step, ridge)
 
     def top_k(self, d: int, kept: Tensor, step: float = 1.0, damp: float = 0.0) -> Rate:
         """Return Lemma 3, c = 1 + √(k*/k); tight: c = 1 + √((d' − k)/(d' − k*)), d' = min(d, k + k*).
@@ -64,10 +74,16 @@ class Constants:
         Off the union of both supports, at most d' entries, T_k(θ⁺) and θ* are zero, so the average of the smallest
         squares may be taken inside it; for d' = k + k* that is the paper's ratio, and less where it covers everything.
         """
+        kept = kept.double()
         union = torch.clamp(kept + self.sparsity, max=d)
         tight = (union - kept) / (union - self.sparsity).clamp_min(1)
-        printed = self.sparsity / kept
-        return self._rate(1 + tight.double().sqrt(), 1 + printed.double().sqrt(), step, damp * self.diagonal)
+        factors = 1 + tight.sqrt(), 1 + (self.sparsity / kept.clamp_min(1)).sqrt()
+        return self._rate(*self._where_sparse(kept, *factors), step, damp * self.diagonal)
+
+    def _where_sparse(self, kept: Tensor, tight: Tensor, printed: Tensor) -> tuple[Tensor, Tensor]:
+        """Put NaN where the reference has more than `kept` non-zeros: k* <= k is the first assumption of both."""
+        holds = self.sparsity <= kept
+        return torch.where(holds, tight, torch.nan), torch.where(holds, printed, torch.nan)
 
     def _rate(self, tight: Tensor, printed: Tensor, step: float, ridge: Tensor) -> Rate:
         least = self.convexity + ridge

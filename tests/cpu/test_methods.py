@@ -17,7 +17,14 @@ from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
 
 # Weight and inputs times these: squares of weights, or of what a weight adds to an output, leave float32's range.
-EXTREMES = ((2.0**-100, 1.0), (2.0**65, 1.0), (2.0**-40, 2.0**-40), (2.0**60, 2.0**60), (1.0, 2.0**-70), (2.0**-70, 2.0**60))
+EXTREMES = (
+    (2.0**-100, 1.0),
+    (2.0**65, 1.0),
+    (1.0, 2.0**-70),
+    (2.0**-70, 2.0**60),
+    (2.0**-40, 2.0**-40),
+    (2.0**60, 2.0**60),
+)
 
 both_ways = pytest.mark.parametrize("refit", [False, True], ids=["selected", "refitted"])
 
