@@ -23,8 +23,8 @@ class SiteExpansion:
     """A `problem.Expansion` of every group of one site, per term of the loss.
 
     `gradient` (groups, out, in) float32; `output_curvature` (groups, out) float64; `inputs` (groups, in, in) float64 is
-    the second moment of the inputs in which every token counts by its squared gradient, over `tokens` tokens, None
-    where that was not asked for or no gradient arrived.
+    the second moment of the inputs in which every token counts by its squared gradient, over `tokens` tokens: zero for
+    a group that no gradient reaches, None where that was not asked for or none arrived at all.
     """
 
     gradient: Tensor
@@ -35,8 +35,10 @@ class SiteExpansion:
     sites: int = 1
 
     def of_group(self, group: int, device: torch.device) -> Expansion:
-        """Return the expansion of one group's weight, on `device`."""
-        inputs = None if self.inputs is None else Gram(self.inputs[group].to(device), self.tokens)
+        """Return the expansion of one group's weight, on `device`; without `inputs` where no gradient reaches it."""
+        inputs = None
+        if self.inputs is not None and bool(self.output_curvature[group].any()):
+            inputs = Gram(self.inputs[group].to(device), self.tokens)
         gradient, curvature = self.gradient[group].to(device), self.output_curvature[group].to(device)
         return Expansion(gradient.double(), curvature, inputs, self.terms, self.sites)
 
@@ -128,10 +130,10 @@ class _Squares:
         if self._by_output is None:
             return SiteExpansion(gradient, torch.zeros(gradient.shape[:2], dtype=torch.float64))
         curvature = self._by_output / terms
-        total = self._by_output.sum(1)  # (groups,), Σ ‖d‖²
-        if self._inputs is None or not bool((total > 0).all()):
+        if self._inputs is None:
             return SiteExpansion(gradient, curvature)
-        lower = self._inputs.tril() / total[:, None, None]
+        total = self._by_output.sum(1)  # (groups,), Σ ‖d‖²; where it is 0, so are the inputs
+        lower = self._inputs.tril() / torch.where(total == 0, 1.0, total)[:, None, None]
         return SiteExpansion(gradient, curvature, lower + lower.tril(-1).mT, self.tokens)
 
 

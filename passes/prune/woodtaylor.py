@@ -97,7 +97,7 @@ class WoodTaylor:
             solution = solver.prune(layer)
             note = f"woodtaylor: no gradient of the model's loss was given: pruned by {self.solver} alone"
             return replace(solution, notes=(*solution.notes, note))
-        matrix = (layer.expansion.inputs if self.curvature == "fisher" else None) or gram
+        matrix, weighed = self._matrix(gram, layer.expansion.inputs)
         scale, dead = _output_factor(layer.expansion.output_curvature, self.damp)
         curvature = damped_curvature(matrix, self.damp, f"layer {layer.name!r}: woodtaylor")
         start = (layer.weight if layer.start is None else layer.start).to(matrix.matrix)
@@ -109,9 +109,18 @@ class WoodTaylor:
         weight = (solution.weight / share).float().masked_fill_(~solution.keep, 0.0)
         loss = layer.loss(weight)
         moved = float((target - start).norm() / start.norm().clamp_min(1e-300))
-        notes = dict.fromkeys((*curvature.notes, *dead, *solution.notes))
+        notes = dict.fromkeys((*curvature.notes, *dead, *weighed, *solution.notes))
         stats = {**solution.stats, "moved": moved, "trusted": trusted}
         return LayerSolution(weight, solution.keep, loss, loss, stats, tuple(notes))
+
+    def _matrix(self, gram: Gram, inputs: Gram | None) -> tuple[Gram, tuple[str, ...]]:
+        """Return M, and a note where it is not what was asked for."""
+        if self.curvature == "gram":
+            return gram, ()
+        if inputs is None:
+            note = "woodtaylor: no gradient weighs this layer's inputs: the Gram matrix stands in for the Fisher matrix"
+            return gram, (note,)
+        return inputs, ()
 
 
 def _output_factor(output_curvature: Tensor, damp: float) -> tuple[Tensor, tuple[str, ...]]:

@@ -15,6 +15,9 @@ from sparsify_compiler.frontends.torch import TorchGraph, trace_module
 from sparsify_compiler.graph import Site
 from sparsify_compiler.passes.gradients import DenseOutputs, NextToken, backpropagate
 from sparsify_compiler.passes.prune.expand import expand
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
+from sparsify_compiler.pattern import Unstructured
+from sparsify_compiler.problem import Gram, LayerProblem
 from tests.models.small import Cnn, Mlp, Tied, image_batches, mlp_batches, seeded
 
 
@@ -230,6 +233,41 @@ def test_a_batch_without_a_term_or_with_a_loss_that_is_not_finite_is_refused() -
     batch["attention_mask"] += 1
     with pytest.raises(CalibrationError, match="the model's loss is nan on calibration batch 0"):
         expand(graph, [batch], sites, NextToken())
+
+
+class HalfUsed(nn.Module):
+    """A convolution of two groups, of which the second goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(8, 8, 1, groups=2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x)[:, :4].mean((2, 3)))
+
+
+def test_a_group_without_gradient_leaves_the_weighed_inputs_of_the_others_and_is_told() -> None:
+    module, x = seeded(HalfUsed), torch.randn(6, 8, 5, 5, generator=torch.Generator().manual_seed(2))
+    graph, sites = traced(module, x)
+    found = expand(graph, [x], sites, shifted(module, [x])[0], frozenset(["conv"]))["conv"]
+    cpu = torch.device("cpu")
+    first, second = (found.of_group(group, cpu) for group in (0, 1))
+    assert first.inputs is not None
+    assert second.inputs is None
+    assert not second.output_curvature.any()
+    assert bool(first.output_curvature.all())
+    notes = []
+    for group, expansion in enumerate((first, second)):
+        rows = x[:, 4 * group : 4 * group + 4].double().movedim(1, 3).reshape(-1, 4)
+        weight = graph.weight(sites["conv"])[group]
+        gram = Gram(rows.T @ rows / len(rows), len(rows))
+        problem = LayerProblem("conv", weight, Unstructured(), 0.5, gram=gram, expansion=expansion)
+        notes.append(WoodTaylor(curvature="fisher").prune(problem).notes)
+    assert not any("Fisher" in note for note in notes[0])
+    assert (
+        "woodtaylor: no gradient weighs this layer's inputs: the Gram matrix stands in for the Fisher matrix"
+        in (notes[1])
+    )
 
 
 def test_the_users_module_is_left_without_gradients() -> None:
