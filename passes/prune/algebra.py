@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.errors import CalibrationError, DataError, PatternError, SingularGramError
 from sparsify_compiler.passes.prune.kept import kept_lanes
 from sparsify_compiler.problem import Gram, LayerProblem
@@ -149,11 +150,11 @@ def solve_masked_cg(
 
     Products run in float32; every 15 iterations float64 recomputes the gradient, and the search directions carry on
     from it, so that the `relative_gradient` returned is a float64 one. Rows that need more than `most_iterations`
-    come back short of `tolerance`.
+    come back short of `tolerance`. On a GPU the end is looked for every `ask_every` iterations.
     """
     scale = problem.scale()
     scaled = (problem.gram * scale[:, None] * scale).float()
-    chunk = chunk_rows(problem.keep.shape[1])
+    chunk = chunk_rows(problem.keep.shape[1], problem.keep.device)
     parts = [
         _descend(problem.rows(slice(first, first + chunk)), scale, scaled, tolerance, most_iterations, settled)
         for first in range(0, len(problem.keep), chunk)
@@ -184,10 +185,10 @@ def _descend(
     remainder = (gradient / unit).float()
     direction, step, product = remainder.clone(), torch.zeros_like(remainder), torch.empty_like(remainder)
     squared = _dot(remainder, remainder)
-    iteration = 0
+    iteration, every = 0, ask_every(weight.device)
     total, recent = torch.zeros_like(squared), torch.zeros_like(squared)
     last = torch.ones_like(squared)
-    while iteration < most_iterations and bool(((squared > goal) & (last > settled)).any()):
+    while iteration < most_iterations and (iteration % every or bool(((squared > goal) & (last > settled)).any())):
         iteration += 1
         torch.mm(direction, scaled, out=product).mul_(keep)
         curvature = _dot(direction, product)
@@ -198,7 +199,8 @@ def _descend(
         remainder.addcmul_(length, product, value=-1)
         previous, squared = squared, _dot(remainder, remainder)
         turn = torch.where(previous > 0, squared / previous, 0.0)
-        if iteration % REFRESH == 0 or iteration == most_iterations or bool((squared <= goal).all()):
+        reached = iteration % every == 0 and bool((squared <= goal).all())
+        if reached or iteration % REFRESH == 0 or iteration == most_iterations:
             weight += step.double() * unit * scale
             step.zero_()
             total += recent
@@ -258,9 +260,17 @@ def solve_masked_exactly(problem: MaskedLeastSquares, ridge: float = FIRST_RIDGE
     return MaskedSolution(weight, size, torch.zeros_like(size), ridge=used)
 
 
-def chunk_rows(in_: int) -> int:
-    """Return how many rows to work on at once: five float32 buffers stay near the caches, and memory is bounded."""
-    return max((1 << 19) // in_, 64)
+def ask_every(device: torch.device) -> int:
+    """Return after how many iterations to ask whether all rows are done: a GPU would stand still for the answer.
+
+    A row that goes on past its end takes steps of next to nothing, so that a GPU's answer is no worse.
+    """
+    return REFRESH if device.type == "cuda" else 1
+
+
+def chunk_rows(in_: int, device: torch.device) -> int:
+    """Return how many rows to work on at once: five float32 buffers stay near a CPU's caches, and memory is bounded."""
+    return max(work_bytes(device, 1 << 25) // (64 * in_), 64)  # 64 bytes a weight: the five, and some in float64
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.errors import DataError, SingularGramError
 from sparsify_compiler.problem import Gram
 
@@ -22,8 +23,8 @@ LARGEST_DAMP = 1.0
 FIRST_DAMP = 1e-8
 """What damping starts from where none was asked and the matrix is not positive definite."""
 
-CHUNK_ENTRIES = 1 << 24
-"""Entries of a stack of matrices worked on at once: 128 MiB of float64."""
+CPU_BYTES = 1 << 27
+"""Bytes of a stack of matrices worked on at once, `work_bytes` on a GPU."""
 
 PROBES = 16
 """Random vectors that estimate the mean diagonal of a curvature known by its products."""
@@ -173,13 +174,13 @@ def project_rows(matrix: Tensor, which: Tensor | None, target: Tensor, keep: Ten
     """Return t_Q + H_QQ⁻¹ p_Q on the kept set Q of every row, zero elsewhere, with p = H t_S given as `pull`.
 
     `matrix` (stack, d, d); `which` (rows,) says whose H a row uses (None: the first for all). Rows are taken in chunks
-    so that the H_QQ take at most `CHUNK_ENTRIES` entries.
+    so that the H_QQ take at most `CPU_BYTES` (`work_bytes` on a GPU).
     """
     result = torch.zeros_like(target)
     width = int(keep.sum(dim=1).max()) if len(keep) else 0
     if width == 0:
         return result
-    chunk = max(CHUNK_ENTRIES // width**2, 1)
+    chunk = max(work_bytes(target.device, CPU_BYTES) // (8 * width**2), 1)
     identity = torch.eye(width, dtype=matrix.dtype, device=matrix.device)
     for first in range(0, len(target), chunk):
         rows = slice(first, first + chunk)

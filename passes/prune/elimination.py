@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
+
 PANEL = 32
 """Columns whose downdates of the inverse are put off and then done as one product, which keeps them in the caches."""
 
-CPU_BYTES, GPU_BYTES = 1 << 25, 1 << 30
-"""Bytes of inverses worked on at once: near the caches of a CPU, enough lanes to fill a GPU. Peak use is fourfold."""
+CPU_BYTES = 1 << 25
+"""Bytes of inverses worked on at once, near the caches of a CPU; `work_bytes` on a GPU. Peak use is fourfold."""
 
 SINGLE = 256
 """Above this many inputs, single columns keep their inverse in float32: half the traffic, which sets the speed."""
@@ -67,12 +69,13 @@ def eliminate(inverse: Tensor, weight: Tensor, cols: int, steps: int, quotas: Qu
     `inverse` (in, in) float64 is that of the damped Gram scaled to a unit diagonal, `weight` (lanes, rows, in) float64
     is in the same units. Of equal costs the highest index goes, except that tiles of zero weight go before others.
     Weights, costs and the diagonal blocks of the inverse are float64; the inverse itself is float32 above `SINGLE`
-    inputs for single columns. Memory: four times `CPU_BYTES` or `GPU_BYTES`, at least four inverses.
+    inputs for single columns. Memory: four times `CPU_BYTES` (`work_bytes` on a GPU), at least four
+    inverses.
     """
     lanes, _, in_ = weight.shape
     wide = cols > 1 or in_ <= SINGLE
     start = inverse.to(torch.float64 if wide else torch.float32)
-    budget = GPU_BYTES if weight.is_cuda else CPU_BYTES
+    budget = work_bytes(weight.device, CPU_BYTES)
     chunk = max(budget // (start.element_size() * in_ * in_), 1)
     parts = [
         _eliminate(start, inverse, weight[first : first + chunk], cols, steps, quotas)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.errors import SingularGramError
 
-CPU_BYTES, GPU_BYTES = 1 << 27, 1 << 30
-"""Bytes of matrices factored at once; peak use is about four times that, or four matrices where one is larger."""
+CPU_BYTES = 1 << 27
+"""Bytes of matrices factored at once, `work_bytes` on a GPU; the peak is about four times that, or four matrices where
+one is larger."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class KeptLanes:
 def kept_lanes(matrix: Tensor, keep: Tensor) -> Iterator[KeptLanes]:
     """Factor `matrix` (in, in) float64, positive definite, on the kept columns of every lane of `keep` (lanes, in).
 
-    Lanes of similar width come together, in chunks of `CPU_BYTES` or `GPU_BYTES` of factors.
+    Lanes of similar width come together, in chunks of `CPU_BYTES` of factors (`work_bytes` on a GPU).
     """
     counts = keep.sum(dim=1)
     by_width = counts.sort(stable=True).indices
-    budget = (GPU_BYTES if matrix.is_cuda else CPU_BYTES) // matrix.element_size()
+    budget = work_bytes(matrix.device, CPU_BYTES) // matrix.element_size()
     widths = counts[by_width].tolist()
     first = 0
     while first < len(widths):

@@ -141,7 +141,7 @@ def _better_rows(problem: MaskedLeastSquares, solved: MaskedSolution) -> tuple[T
     fits rounding: where inputs hardly differ, it would do so by weights of any size.
     """
     weight = solved.weight.float().masked_fill_(~problem.keep, 0.0)
-    chunk = chunk_rows(weight.shape[1])
+    chunk = chunk_rows(weight.shape[1], weight.device)
     size = problem.gram.diagonal().clamp_min(0).sqrt()  # (in,)
     taken_back = 0
     for first in range(0, len(weight), chunk):

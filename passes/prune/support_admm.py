@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsify_compiler.passes.prune.curvature import CHUNK_ENTRIES, Curvature
+from sparsify_compiler.device_memory import work_bytes
+from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature
 from sparsify_compiler.passes.prune.supports import keep_counts
 
 FLOOR = 1e-4
@@ -41,7 +42,8 @@ class ADMM:
         matrix = curvature.dense()
         scale = matrix.diagonal(dim1=1, dim2=2).rsqrt()  # (stack, d)
         keep = torch.ones_like(target, dtype=torch.bool)
-        size = max(CHUNK_ENTRIES // target.shape[1] ** 2, 1) if len(matrix) > 1 else max(len(target), 1)
+        entries = work_bytes(matrix.device, CPU_BYTES) // 8
+        size = max(entries // target.shape[1] ** 2, 1) if len(matrix) > 1 else max(len(target), 1)
         for first in range(0, len(target), size):
             rows = slice(first, first + size)
             own = slice(None) if len(matrix) == 1 else rows

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsify_compiler.passes.prune.curvature import CHUNK_ENTRIES, Curvature
+from sparsify_compiler.device_memory import work_bytes
+from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature
 from sparsify_compiler.passes.prune.supports import Selector, TopK
 
 REFRESH = 64
@@ -157,8 +158,8 @@ def _pivot(table: Tensor, entry: Tensor, active: Tensor) -> None:
 
 
 def _chunks(matrix: Tensor, target: Tensor) -> list[tuple[slice, Tensor]]:
-    """Cut the problems so that a handful of tables stay within `CHUNK_ENTRIES`."""
+    """Cut the problems so that a handful of tables stay within `CPU_BYTES` (`work_bytes` on a GPU)."""
     problems, d = target.shape
-    size = max(CHUNK_ENTRIES // (d + 1) ** 2, 1)
+    size = max(work_bytes(matrix.device, CPU_BYTES) // (8 * (d + 1) ** 2), 1)
     slices = [slice(first, min(first + size, problems)) for first in range(0, problems, size)]
     return [(rows, matrix if len(matrix) == 1 else matrix[rows]) for rows in slices]

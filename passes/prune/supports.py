@@ -13,8 +13,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.passes.prune.curvature import CHUNK_ENTRIES, Curvature, project_rows
+from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature, project_rows
 
 
 class Selector(Protocol):
@@ -134,7 +135,7 @@ class Exhaustive:
         best = target.new_full((problems,), float("inf"))
         keep = torch.zeros_like(target, dtype=torch.bool)
         supports = combinations(range(d), count)
-        chunk = max(CHUNK_ENTRIES // (8 * problems * max(d, 1) ** 2), 1)
+        chunk = max(work_bytes(target.device, CPU_BYTES) // (64 * problems * max(d, 1) ** 2), 1)
         while part := list(islice(supports, chunk)):
             index = torch.tensor(part, dtype=torch.long, device=target.device).reshape(len(part), count)
             options = torch.zeros(len(part), d, dtype=torch.bool, device=target.device).scatter_(1, index, True)

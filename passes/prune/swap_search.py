@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.passes.prune.exchange import Tableau, blocks_of, columns_of, exchange, rows_at
 from sparsify_compiler.passes.prune.kept import factor_kept, require_factors
 from sparsify_compiler.passes.prune.quadratic import DampedQuadratic
 from sparsify_compiler.passes.prune.swap_gains import swap_gains
 
-CPU_BYTES, GPU_BYTES = 1 << 27, 1 << 31
-"""Bytes worked on at once, in whole lanes; at least one lane is."""
+CPU_BYTES = 1 << 27
+"""Bytes worked on at once, `work_bytes` on a GPU, in whole lanes; at least one lane is."""
 
 WIDE, SHORT, LEAST = 128, 48, 8
 """Removed columns whose swaps a round weighs against every kept one, and columns of each kind among which it swaps.
@@ -101,7 +102,7 @@ class Search:
         # Lanes that keep about as much come together: the widest sets the size of a chunk.
         order = counts.sort(stable=True).indices
         order = order[((counts > 0) & (counts < tiles))[order]]
-        chunk = self._chunk(int(counts.max()), keep.is_cuda)
+        chunk = self._chunk(int(counts.max()), keep.device)
         for first in range(0, len(order), chunk):
             numbers = order[first : first + chunk]
             lanes = self._begin(keep[numbers], numbers)
@@ -117,12 +118,12 @@ class Search:
                 lanes = lanes.where(more)
         return Found(keep, before, after, swaps, used)
 
-    def _chunk(self, most: int, on_gpu: bool) -> int:
+    def _chunk(self, most: int, device: torch.device) -> int:
         cols, kept = self.cols, (most + 1) * self.cols
         wide, short = self._wide() * cols, max(SHORT, LEAST * cols)
         pairs = kept * wide * max(1, self.rows // cols)  # tiles hold rows x columns of residuals for every pair
         each = 8 * (2 * kept * kept + 4 * pairs + 8 * short * short)
-        return max((GPU_BYTES if on_gpu else CPU_BYTES) // each, 1)
+        return max(work_bytes(device, CPU_BYTES) // each, 1)
 
     def _wide(self) -> int:
         return max(WIDE // self.cols, LEAST)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError, SingularGramError
 from sparsify_compiler.passes.prune.algebra import (
+    REFRESH,
     MaskedLeastSquares,
     chunk_rows,
     inverse_factor,
@@ -99,7 +100,7 @@ def test_the_relative_gradient_returned_is_the_one_of_the_weight_returned() -> N
 
 def test_rows_in_chunks_equal_rows_alone() -> None:
     in_ = 5000  # so wide that a chunk holds 104 rows
-    rows = chunk_rows(in_) + 3
+    rows = chunk_rows(in_, torch.device("cpu")) + 3
     generator = torch.Generator().manual_seed(0)
     gram = torch.eye(in_, dtype=torch.float64)
     weight = torch.randn(rows, in_, generator=generator)
@@ -133,3 +134,17 @@ def test_a_singular_matrix_moves_only_along_directions_with_data() -> None:
     solution = solve_masked_exactly(MaskedLeastSquares(gram, weight.double() @ gram, keep, weight))
     # Rounding of the gradient (1e-15 of terms up to 100), divided by the ridge 1e-8: without it the step is unbounded.
     assert (solution.weight - weight).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("tolerance", [1e-10, 1e-4])
+def test_asking_less_often_for_the_end_solves_as_well(monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
+    problem = masked(12, 60, 0.5)
+    often = solve_masked_cg(problem, tolerance, 500)
+    monkeypatch.setattr("sparsify_compiler.passes.prune.algebra.ask_every", lambda device: REFRESH)
+    seldom = solve_masked_cg(problem, tolerance, 500)
+    assert seldom.relative_gradient.max() <= tolerance
+    assert often.iterations <= seldom.iterations
+    assert seldom.iterations % REFRESH == 0
+    # Both are within the tolerance of the optimum, in gradient; condition numbers are about 1e3.
+    assert (seldom.weight - often.weight).abs().max() <= 1e4 * tolerance * often.weight.abs().max()
+    assert solve_masked_cg(problem, tolerance, 7).iterations == 7
