@@ -80,7 +80,7 @@ def test_the_python_example_runs_on_a_small_transformer() -> None:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     names = {"model": model, "batches": [{"input_ids": torch.randint(0, 64, (2, 16))} for _ in range(2)]}
-    (example,) = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
+    example = python_examples()[0]
     exec(example, names)
     compiled, report = names["compiled"], names["report"]
     assert type(compiled) is type(model)
@@ -88,6 +88,28 @@ def test_the_python_example_runs_on_a_small_transformer() -> None:
     assert len(pruned) == 14  # 7 linear layers in each of 2 blocks
     assert {site.sparsity for site in pruned} == {0.5}
     assert compiled.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2).shape == (1, 6)
+
+
+def test_the_solver_example_finds_the_inputs_that_labels_depend_on() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 20, dtype=torch.float64)
+    truth = torch.zeros(20, dtype=torch.float64)
+    truth[[1, 4, 9, 12, 18]] = torch.tensor([2.0, -2.0, 1.5, -1.5, 2.0], dtype=torch.float64)
+    labels = torch.where(torch.rand(400, dtype=torch.float64) < torch.sigmoid(x @ truth), 1.0, -1.0)
+    names = {"x": x, "labels": labels}
+    exec(python_examples()[1], names)
+    found = names["found"]
+    assert found.settled.all()
+    assert found.keep[0].nonzero().flatten().tolist() == [1, 4, 9, 12, 18]
+    value, slope = names["loss"].value_and_gradient(found.weight)
+    assert slope[found.keep].abs().max() < 1e-9  # a minimiser on its support
+    assert torch.equal(value, found.trace.loss[-1])
+
+
+def python_examples() -> list[str]:
+    examples = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
+    assert len(examples) == 2
+    return examples
 
 
 def test_the_recipe_example_is_a_recipe() -> None:
