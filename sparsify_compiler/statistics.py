@@ -8,15 +8,16 @@ from torch import Tensor
 
 from sparsify_compiler.batches import Padding
 from sparsify_compiler.errors import CalibrationError
-from sparsify_compiler.frontends.layout import row_chunks
+from sparsify_compiler.frontends.layout import LEAST_ROWS, row_chunks
 from sparsify_compiler.graph import Layout, Site
 from sparsify_compiler.problem import Gram, Needs
 
-SLICE_ROWS = 4096
+SLICE_ROWS = LEAST_ROWS
 """Rows multiplied in float32 before the product is added in float64: relative error about 3e-7."""
 
-PANEL = 128
-"""Columns of the Gram matrix computed at a time; only panels on and below the diagonal are."""
+CPU_PANEL, GPU_PANEL = 128, 1024
+"""Columns of the Gram matrix computed at a time; only panels on and below the diagonal are. Narrow ones waste less of
+a product, and wide ones are few launches: at most 4 up to 4,096 inputs, and beyond each is work enough for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class Moments:
         """Return XᵀX / tokens of one group: the same object every time, so that what is derived from it is shared."""
         if group not in self._grams:
             matrix = self._sums()[group]
-            for start in range(0, self.in_, PANEL):
-                stop = min(start + PANEL, self.in_)
+            for start, stop in panels(self.in_, matrix.device):
                 matrix[start:stop, stop:] = matrix[stop:, start:stop].t()
                 corner = matrix[start:stop, start:stop]
                 corner.copy_(corner.tril() + corner.tril(-1).t())  # a product need not round both halves alike
@@ -114,10 +114,8 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
     The product of float32 chunks is exact enough (error 3e-7 relative); the sum over chunks is kept in float64.
     """
-    in_ = rows.shape[2]
     transposed = rows.transpose(1, 2)
-    for start in range(0, in_, PANEL):
-        stop = min(start + PANEL, in_)
+    for start, stop in panels(rows.shape[2], rows.device):
         total[:, start:, start:stop] += transposed[:, start:] @ rows[:, :, start:stop]
 
 
@@ -127,6 +125,12 @@ def _check_finite(diagonal: Tensor, what: str, batch: int) -> None:
             f"{what} holds NaN or infinity in calibration batch {batch}; check the model's dtype (float16 overflows at "
             "65504) and the data"
         )
+
+
+def panels(in_: int, device: torch.device) -> list[tuple[int, int]]:
+    """List the (start, stop) columns of every panel of a Gram matrix on `device`."""
+    width = GPU_PANEL if device.type == "cuda" else CPU_PANEL
+    return [(start, min(start + width, in_)) for start in range(0, in_, width)]
 
 
 def size_bytes(groups: int, in_: int, needs: Needs) -> int:

@@ -17,6 +17,9 @@ from sparsify_compiler.graph import ConvLayout, Layout, MatmulLayout
 CHUNK_ELEMENTS = 1 << 22
 """Largest number of float32 entries unfolded at a time (16 MiB)."""
 
+LEAST_ROWS = 4096
+"""Rows that a matmul, of which nothing is unfolded, gives at a time at least."""
+
 
 def problem_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, int, int, int]:
     """Return (groups, out, in, run) of the pruning problem for a weight of the layer's own `shape`."""
@@ -57,7 +60,7 @@ def row_chunks(x: Tensor, layout: Layout, padding: Padding | None = None) -> Ite
         rows = x.movedim(layout.input_axis, -1)
         rows = rows if padding is None else padding.drop(rows)
         rows = rows.reshape(-1, rows.shape[-1])
-        step = max(CHUNK_ELEMENTS // max(rows.shape[1], 1), 1)
+        step = max(CHUNK_ELEMENTS // max(rows.shape[1], 1), LEAST_ROWS)
         for start in range(0, rows.shape[0], step):
             yield rows[start : start + step].unsqueeze(0)
         return

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsify_compiler.frontends.layout import from_problem, problem_shape, row_chunks, to_problem
+from sparsify_compiler.frontends.layout import (
+    CHUNK_ELEMENTS,
+    LEAST_ROWS,
+    from_problem,
+    problem_shape,
+    row_chunks,
+    to_problem,
+)
 from sparsify_compiler.graph import ConvLayout, MatmulLayout
 
 CONVOLUTIONS = [
@@ -72,6 +79,15 @@ def test_long_inputs_come_in_bounded_chunks() -> None:
     chunks = list(row_chunks(torch.zeros(40, 16, 64, 64), layout))
     assert len(chunks) > 1
     assert sum(chunk.shape[1] for chunk in chunks) == 40 * 64 * 64
+
+
+@pytest.mark.parametrize("in_", [64, 1024, 14336])
+def test_rows_of_a_matmul_come_in_chunks_that_statistics_multiply_at_once(in_: int) -> None:
+    x = torch.zeros(1, 1).expand(3 * LEAST_ROWS + 5, in_)
+    counts = [chunk.shape[1] for chunk in row_chunks(x, MatmulLayout(transposed=False))]
+    assert sum(counts) == len(x)
+    assert all(count >= LEAST_ROWS for count in counts[:-1])
+    assert all(count * in_ <= max(CHUNK_ELEMENTS, LEAST_ROWS * in_) for count in counts)
 
 
 def test_an_image_without_a_batch_axis_is_one_image() -> None:

@@ -6,7 +6,7 @@ import torch
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import ConvLayout, MatmulLayout
 from sparsify_compiler.problem import Needs
-from sparsify_compiler.statistics import Moments, add_gram
+from sparsify_compiler.statistics import GPU_PANEL, Moments, add_gram, panels
 
 LINEAR = MatmulLayout(transposed=False)
 
@@ -95,3 +95,16 @@ def test_lower_panels_cover_the_diagonal_and_all_below_it(width: int) -> None:
     add_gram(total, rows)
     expected = (rows[0].double().t() @ rows[0].double()).tril()
     assert torch.allclose(total[0].tril(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [700, GPU_PANEL, GPU_PANEL + 1])
+def test_the_wide_panels_of_a_gpu_give_the_same_gram_matrix(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    x = torch.randn(20, width)
+    narrow, wide = Moments(LINEAR, 1, width, Needs.GRAM), Moments(LINEAR, 1, width, Needs.GRAM)
+    narrow.add(x, "site", 0)
+    expected = narrow.gram(0).matrix
+    monkeypatch.setattr("sparsify_compiler.statistics.CPU_PANEL", GPU_PANEL)
+    wide.add(x, "site", 0)
+    assert len(panels(width, x.device)) == -(-width // GPU_PANEL)
+    # Float32 products whose sums may come in another order: 20 terms of about 1, over 20 tokens.
+    assert torch.allclose(wide.gram(0).matrix, expected, rtol=0, atol=1e-6)
