@@ -1,18 +1,17 @@
 """Prune a graph front to back, each site by its own rule, and keep what the report and a resumed run need."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsify_compiler.calibrate import Walk
 from sparsify_compiler.passes.prune.expand import SiteExpansion
 from sparsify_compiler.passes.prune.solve import prune_with
+from sparsify_compiler.precision import whole_float32
 from sparsify_compiler.problem import LayerProblem, LayerSolution
 
 
@@ -75,7 +74,7 @@ def prune_layerwise(walk: Walk, expansions: Mapping[str, SiteExpansion] | None =
         if (site := (expansions or {}).get(decision.site.name)) is not None
         for group, problem in enumerate(decision.site.problem_names())
     }
-    with _whole_float32():
+    with whole_float32():
         for problem in walk.layers():
             rule = rules[problem.name]
             start = time.perf_counter()
@@ -85,35 +84,6 @@ def prune_layerwise(walk: Walk, expansions: Mapping[str, SiteExpansion] | None =
             record = _record(problem, solution, time.perf_counter() - start)
             walk.accept(problem.name, solution, asdict(record))
     return {name: _outcome(name, saved.keep, saved.record) for name, saved in walk.finished.items()}
-
-
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Multiply float32 in float32, whatever the program around chose: TF32 and bfloat16 spoil second moments."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # a program that chose by PyTorch's newer settings is refused by the older ones
-        with _newer_settings_whole():
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _newer_settings_whole() -> Iterator[None]:
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
 
 
 def _record(problem: LayerProblem, solution: LayerSolution, seconds: float) -> ProblemRecord:

@@ -38,6 +38,7 @@ from sparsify_compiler.pipeline.rounds import (
     round_reports,
 )
 from sparsify_compiler.plan import Decision, check_without_data, decide
+from sparsify_compiler.precision import whole_float32
 from sparsify_compiler.recipe import format_recipe
 from sparsify_compiler.refinement import Refine
 
@@ -65,7 +66,8 @@ def prune_graph(
         SparsifyError: a recipe or data that do not fit the graph, at once; statistics that are not finite or no layer
             can be solved with, on the way.
     """
-    return _Pruning(job, graph, normalisation).run()
+    with whole_float32():  # of all statistics: allocation, gradients and sensitivities have theirs too
+        return _Pruning(job, graph, normalisation).run()
 
 
 class _Pruning:
