@@ -53,7 +53,7 @@ def dense_walk(
 class Outputs:
     """The dense model's outputs on `count` batches, and how far they move when one weight is another.
 
-    The graph must stay dense. Held on the host per batch: the values before one segment, and the outputs.
+    The graph must stay dense. Held per batch: the values before one segment, and on the host the outputs.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Batch]) -> None:

@@ -1,7 +1,7 @@
 """Walk a graph front to back: gather statistics of a segment through the pruned prefix, hand out its problems, go on.
 
 Statistics of a segment are taken before any of its sites is pruned, as SparseGPT's and ALPS's own drivers do. Only
-the values alive between two segments are kept per batch, on the host.
+the values alive between two segments are kept per batch; see `boundaries` for where.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch, Padding, padding
-from sparsify_compiler.boundaries import Boundaries, boundary_bytes, run_graph
+from sparsify_compiler.boundaries import GPU_SHARE, Boundaries, boundary_bytes, run_graph
 from sparsify_compiler.checkpoint import Checkpoint, SavedSite
 from sparsify_compiler.errors import CalibrationError
 from sparsify_compiler.graph import Graph, Site
@@ -40,7 +40,8 @@ class Walk:
 
     Iterate over `layers()` and `accept` one solution for every problem before asking for the next segment's first.
     `tokens` counts the rows each site saw (not those an `attention_mask` hides); `starved` names sites that saw none:
-    they are left dense. `finished` holds every pruned site, solved now or restored from the checkpoint.
+    they are left dense. `finished` holds every pruned site, solved now or restored from the checkpoint. `notes` say
+    what a report should.
     With `dense_targets` the dense model is walked alongside and problems carry `Targets`. A further round over a graph
     that is already pruned gives the dense weights (groups, out, in) by site name as `dense_weights`: they stay what
     problems are measured against, and what the graph holds, where it is something else, becomes their `start`.
@@ -57,6 +58,7 @@ class Walk:
     refine: Refine | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     starved: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     finished: dict[str, FinishedSite] = field(default_factory=dict)
     _pending: dict[str, dict[int, LayerSolution]] = field(default_factory=dict)
     _records: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class Walk:
                 self._finish(segment.index, sites, boundaries)
             if segment.index < unsolved:
                 boundaries.advance(segment.index)
+        self._note_waiting([boundaries, *([self._dense_boundaries] if self._dense_boundaries else [])])
         self.progress("prune", last + 1, last + 1)
 
     def accept(self, name: str, solution: LayerSolution, record: Mapping[str, Any] | None = None) -> None:
@@ -157,6 +160,15 @@ class Walk:
             for group, name in enumerate(site.problem_names()):
                 problem = self._problem(name, site, rule, (now if dense is None else dense)[group], seen, group)
                 yield replace(problem, start=now[group].to(problem.weight.device)) if moved else problem
+
+    def _note_waiting(self, walked: Sequence[Boundaries]) -> None:
+        """Say where a GPU had no room for the values between segments: their copies cost time."""
+        waited = sum(each.host_bytes for each in walked) / 1e9
+        if waited:
+            self.notes.append(
+                f"{waited:.2g} GB of the values between segments waited in the host's memory: all of them take more "
+                f"than 1/{GPU_SHARE} of what is free on the GPU"
+            )
 
     def _problem(
         self, name: str, site: Site, rule: Rule, weight: Tensor, seen: Moments | None, group: int

@@ -16,7 +16,7 @@ class PrunedSegment:
     """Segment `index` when its sites were pruned: the graph has their weights, and those of the segments before.
 
     `inputs` are the values alive before it in the pruned model, `targets` those after it in the dense one, for every
-    batch, on the host.
+    batch, where `boundaries` left them.
     """
 
     graph: Graph

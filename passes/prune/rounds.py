@@ -121,6 +121,7 @@ def prune_in_rounds(
             refine=refine,
         )
         outcomes = prune_layerwise(walk, expansions)
+        notes += (note for note in walk.notes if note not in notes)
         state.add(len(sets), len(walk.batches), outcomes, measure(state.dense), expansions is not None)
         if number < count and state.settled():
             notes.append(

@@ -22,7 +22,7 @@ SMALLEST = 1e-30
 
 
 class Teacher:
-    """The dense model's outputs on `batches`, remembered as what is alive before its last segment, on the host.
+    """The dense model's outputs on `batches`, remembered as what is alive before its last segment.
 
     A language model's logits would be a hundred times as large. Build it while `graph` is dense: of `sites`, which
     will be pruned, it copies the weights that the last segment reads. Where more of that segment will change (`whole`),

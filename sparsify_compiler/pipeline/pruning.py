@@ -165,7 +165,9 @@ class _Pruning:
             self._say_memory(walk, held)
             loss = self._own_loss()
             expansions = loss.expand(self._data, {}) if loss.expand is not None else None
-            return prune_layerwise(walk, expansions), walk.starved
+            outcomes = prune_layerwise(walk, expansions)
+        job.notes.extend(walk.notes)
+        return outcomes, walk.starved
 
     def _prune_in_rounds(
         self, data: RoundData, checkpoint: Checkpoint | None, held: int
