@@ -124,10 +124,7 @@ def prune_in_rounds(
         notes += (note for note in walk.notes if note not in notes)
         state.add(len(sets), len(walk.batches), outcomes, measure(state.dense), expansions is not None)
         if number < count and state.settled():
-            notes.append(
-                f"rounds: round {number} of {count} left every weight as it was, on the same batches and through the "
-                "same prefix: a fixed point, later rounds would return the same; give every round batches of its own"
-            )
+            notes.append(_fixed_point(number, count))
             break
         if tune is not None and number < count:
             notes += tune(batches, state.dense, state.keep())
@@ -135,6 +132,13 @@ def prune_in_rounds(
     state.restore()
     starved = tuple(site.name for site in sites if site.name not in state.best_sites)
     return Rounds(state.best_sites, tuple(state.rounds), state.best, starved, tuple(notes))
+
+
+def _fixed_point(number: int, count: int) -> str:
+    return (
+        f"rounds: round {number} of {count} left every weight as it was, on the same batches and through the same "
+        "prefix: a fixed point, later rounds would return the same; give every round batches of its own"
+    )
 
 
 class _State:
