@@ -1,4 +1,4 @@
-"""The curvature of smooth losses, a matrix or its products a problem: products, solves and projections.
+"""The curvature of smooth losses, one for all problems or one each: products, solves and projections.
 
 Everything is float64, on the device of the tensors given, one row a problem: a weight is (problems, d), a value
 (problems,). Problem i depends on row i alone, so that one call serves many problems (the rows of a layer, the runs of
@@ -8,13 +8,13 @@ an experiment).
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.device_memory import work_bytes
-from sparsify_compiler.errors import DataError, SingularGramError
+from sparsify_compiler.errors import SingularGramError
 from sparsify_compiler.problem import Gram
 
 LARGEST_DAMP = 1.0
@@ -26,8 +26,7 @@ FIRST_DAMP = 1e-8
 CPU_BYTES = 1 << 27
 """Bytes of a stack of matrices worked on at once, `work_bytes` on a GPU."""
 
-PROBES = 16
-"""Random vectors that estimate the mean diagonal of a curvature known by its products."""
+C = TypeVar("C")
 
 
 class Curvature(Protocol):
@@ -153,21 +152,46 @@ class DenseCurvature:
         if not torch.isfinite(self.matrix).all():
             raise SingularGramError("the curvature has NaN or infinite entries; check the data and the weights")
         mean = self.matrix.diagonal(dim1=1, dim2=2).mean(dim=1)
-        notes: list[str] = []
-        used = damp
-        while used <= LARGEST_DAMP:
+
+        def at(used: float, notes: tuple[str, ...]) -> DenseCurvature | None:
             ridge = used * mean
             matrix = self.matrix + torch.diag_embed(ridge[:, None].expand(-1, self.matrix.shape[1]))
-            raised = replace(self, matrix=matrix, ridge=ridge, notes=tuple(notes))
-            if raised.is_definite():
-                return raised if used else self
-            higher = used * 10 or FIRST_DAMP
-            notes.append(f"the curvature is indefinite at damp {used:g}: raised to {higher:g}")
-            used = higher
-        raise SingularGramError(
-            f"the curvature is indefinite at every damping from {damp:g} to {LARGEST_DAMP:g}; "
-            "give more data, or minimise from a point nearer to the solution"
-        )
+            raised = replace(self, matrix=matrix, ridge=ridge, notes=notes) if used else self
+            return raised if raised.is_definite() else None
+
+        return raise_damping(damp, at)
+
+
+def raise_damping(damp: float, at: Callable[[float, tuple[str, ...]], C | None]) -> C:
+    """Return the first curvature that `at`(damping, notes so far) finds definite, from `damp` tenfold and on to 1.
+
+    Raises:
+        SingularGramError: there is none.
+    """
+    notes: tuple[str, ...] = ()
+    used = damp
+    while used <= LARGEST_DAMP:
+        if (found := at(used, notes)) is not None:
+            return found
+        higher = used * 10 or FIRST_DAMP
+        notes += (f"the curvature is indefinite at damp {used:g}: raised to {higher:g}",)
+        used = higher
+    raise SingularGramError(
+        f"the curvature is indefinite at every damping from {damp:g} to {LARGEST_DAMP:g}; "
+        "give more data, or minimise from a point nearer to the solution"
+    )
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Return the lower Cholesky factors of a stack of matrices.
+
+    Raises:
+        SingularGramError: one is not positive definite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        raise SingularGramError("the curvature is not positive definite up to rounding; raise damp")
+    return lower
 
 
 def project_rows(matrix: Tensor, which: Tensor | None, target: Tensor, keep: Tensor, pull: Tensor) -> Tensor:
@@ -189,103 +213,11 @@ def project_rows(matrix: Tensor, which: Tensor | None, target: Tensor, keep: Ten
         owner = which[rows][:, None, None] if which is not None else torch.zeros_like(columns[:, :1, None])
         inner = matrix[owner, columns[:, :, None], columns[:, None, :]]
         inner = torch.where(valid[:, :, None] & valid[:, None, :], inner, identity)
-        lower, failed = torch.linalg.cholesky_ex(inner)
-        if bool(failed.any()):
-            raise SingularGramError("the curvature on a kept set is not positive definite; damp it")
+        lower = cholesky(inner)
         right = pull[rows].gather(1, columns) * valid
         value = target[rows].gather(1, columns) + torch.cholesky_solve(right[:, :, None], lower)[:, :, 0]
         result[rows] = result[rows].scatter(1, columns, value * valid)
     return result
-
-
-@dataclass(frozen=True)
-class ProductCurvature:
-    """H given by its products: `multiply` maps (problems, d) to H v; solves run by conjugate gradients.
-
-    A solve ends at a residual of `tolerance` times the right side, at most `most_iterations` products later.
-    """
-
-    multiply: Callable[[Tensor], Tensor]
-    like: Tensor
-    ridge: Tensor
-    tolerance: float = 1e-10
-    most_iterations: int = 1000
-    notes: tuple[str, ...] = ()
-
-    @staticmethod
-    def of(multiply: Callable[[Tensor], Tensor], like: Tensor) -> "ProductCurvature":
-        """Wrap a product; `like` (problems, d) gives sizes, type and device."""
-        return ProductCurvature(multiply, like, like.new_zeros(len(like)))
-
-    def product(self, vectors: Tensor) -> Tensor:
-        """See `Curvature`."""
-        return self.multiply(vectors) + self.ridge[:, None] * vectors
-
-    def solve(self, vectors: Tensor) -> Tensor:
-        """See `Curvature`.
-
-        Raises:
-            SingularGramError: H is not positive along a search direction, or the iterations do not end.
-        """
-        return self._descend(vectors, torch.ones_like(vectors, dtype=torch.bool))
-
-    def project(self, target: Tensor, keep: Tensor) -> Tensor:
-        """See `Curvature`; CG on H_QQ. Raises SingularGramError as `solve` does."""
-        pull = self.product(target.masked_fill(keep, 0.0))
-        return (target + self._descend(pull, keep)).masked_fill(~keep, 0.0)
-
-    def largest(self) -> Tensor:
-        """See `Curvature`; 50 steps of the power method from a fixed start, so from below, by a few percent."""
-        generator = torch.Generator().manual_seed(0)
-        vectors = torch.randn(self.like.shape, generator=generator, dtype=torch.float64).to(self.like.device)
-        size = vectors.square().sum(dim=1).sqrt()
-        for _ in range(50):
-            vectors = self.product(vectors / size[:, None].clamp_min(torch.finfo(torch.float64).tiny))
-            size = vectors.square().sum(dim=1).sqrt()
-        return size
-
-    def dense(self) -> Tensor:
-        """Refuse: nothing of size d x d is formed behind the user's back."""
-        raise DataError(
-            "this selector reads the entries of the Hessian, and the problem gives only products with it; "
-            "choose top-k, or let the problem form its matrix"
-        )
-
-    def damped(self, damp: float) -> "ProductCurvature":
-        """See `Curvature`; the mean diagonal is estimated from 16 random sign vectors with a fixed seed."""
-        if damp == 0:
-            return self
-        generator = torch.Generator().manual_seed(0)
-        mean = torch.zeros_like(self.like[:, 0])
-        for _ in range(PROBES):
-            signs = torch.randint(0, 2, self.like.shape, generator=generator).to(self.like) * 2 - 1
-            mean += (signs * self.multiply(signs)).mean(dim=1) / PROBES
-        return replace(self, ridge=self.ridge + damp * mean.clamp_min(0))
-
-    def _descend(self, right: Tensor, keep: Tensor) -> Tensor:
-        result = torch.zeros_like(right)
-        remainder = right * keep
-        direction = remainder.clone()
-        squared = remainder.square().sum(dim=1)
-        goal = squared * self.tolerance**2
-        for _ in range(self.most_iterations):
-            active = squared > goal
-            if not bool(active.any()):
-                return result
-            product = self.product(direction) * keep
-            bend = (direction * product).sum(dim=1)
-            if bool((active & (bend <= 0)).any()):
-                raise SingularGramError("the curvature is not positive along a search direction; raise damp")
-            length = torch.where(active, squared / bend, 0.0)[:, None]
-            result += length * direction
-            remainder -= length * product
-            previous, squared = squared, torch.where(active, remainder.square().sum(dim=1), squared)
-            direction = torch.where(active[:, None], remainder + (squared / previous)[:, None] * direction, 0.0)
-        if bool((squared > goal).any()):
-            raise SingularGramError(
-                f"conjugate gradients did not reach {self.tolerance:g} in {self.most_iterations} products; raise damp"
-            )
-        return result
 
 
 def damped_curvature(gram: Gram, damp: float, where: str) -> DenseCurvature:

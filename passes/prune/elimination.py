@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.device_memory import work_bytes
+from sparsify_compiler.passes.prune.curvature import cholesky
 
 PANEL = 32
 """Columns whose downdates of the inverse are put off and then done as one product, which keeps them in the caches."""
@@ -71,6 +72,9 @@ def eliminate(inverse: Tensor, weight: Tensor, cols: int, steps: int, quotas: Qu
     Weights, costs and the diagonal blocks of the inverse are float64; the inverse itself is float32 above `SINGLE`
     inputs for single columns. Memory: four times `CPU_BYTES` (`work_bytes` on a GPU), at least four
     inverses.
+
+    Raises:
+        SingularGramError: rounding made the inverse of a tile indefinite, as it can where that of G nearly is singular.
     """
     lanes, _, in_ = weight.shape
     wide = cols > 1 or in_ <= SINGLE
@@ -160,7 +164,7 @@ def _shares(state: _Lanes, cols: int) -> tuple[Tensor, Tensor]:
         return factor, split / factor
     # Removed tiles hold rounding only; the barrier keeps them out, and the identity lets the factorisation pass.
     identity = torch.eye(cols, dtype=torch.float64, device=split.device)
-    factor = torch.linalg.cholesky(torch.where(state.gone[:, :, None, None], identity, state.blocks))
+    factor = cholesky(torch.where(state.gone[:, :, None, None], identity, state.blocks))
     return factor, torch.linalg.solve_triangular(factor, split, upper=False)
 
 

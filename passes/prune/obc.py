@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsify_compiler.errors import SingularGramError
 from sparsify_compiler.passes.prune.elimination import Quotas, Trace, eliminate
 from sparsify_compiler.passes.prune.kept import solve_kept
 from sparsify_compiler.passes.prune.quadratic import DampedQuadratic, damped_quadratic, tile_of
@@ -54,7 +55,8 @@ class OBC:
         Raises:
             DataError: the problem carries no Gram matrix.
             CalibrationError: the Gram matrix is not finite.
-            SingularGramError: it stayed indefinite at every damping up to 1, or is all zero.
+            SingularGramError: it stayed indefinite at every damping up to 1, or is all zero; or `damp` is so small that
+                rounding makes the inverse of a tile indefinite.
             PatternError: a pattern that does not fit the weight.
         """
         quadratic = damped_quadratic(layer, self.damp, self.name)
@@ -106,4 +108,7 @@ def _trace(layer: LayerProblem, quadratic: DampedQuadratic, steps: int) -> Trace
         widths = torch.tensor([stop - start for start, stop in spans], device=layer.weight.device)
         group = torch.arange(len(spans), device=layer.weight.device).repeat_interleave(widths)
         quotas = Quotas(group, (widths - layer.pattern.keep).clamp_min(0))
-    return eliminate(quadratic.inverse, quadratic.start.view(out // rows, rows, in_), cols, steps, quotas)
+    try:
+        return eliminate(quadratic.inverse, quadratic.start.view(out // rows, rows, in_), cols, steps, quotas)
+    except SingularGramError as error:
+        raise SingularGramError(f"layer {layer.name!r}: obc: {error}") from None

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sparsify_compiler.passes.prune.curvature import Curvature, DenseCurvature, ProductCurvature
+from sparsify_compiler.passes.prune.curvature import Curvature, DenseCurvature
+from sparsify_compiler.passes.prune.curvature_products import ProductCurvature
 
 
 class Smooth(Protocol):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.device_memory import work_bytes
-from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature
+from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature, cholesky
 from sparsify_compiler.passes.prune.supports import Selector, TopK
 
 REFRESH = 64
@@ -129,7 +129,7 @@ def _table(matrix: Tensor, target: Tensor, keep: Tensor) -> Tensor:
     matrix = matrix.expand(problems, -1, -1)
     pairs = keep[:, :, None] & keep[:, None, :]
     identity = torch.eye(d, dtype=matrix.dtype, device=matrix.device)
-    lower = torch.linalg.cholesky(torch.where(pairs, matrix, identity))
+    lower = cholesky(torch.where(pairs, matrix, identity))
     inverse = torch.cholesky_inverse(lower) * pairs
     off = ~keep
     cross = inverse @ (matrix * off[:, None, :])  # H_QQ⁻¹ H_QS

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify_compiler.device_memory import work_bytes
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature, project_rows
+from sparsify_compiler.passes.prune.curvature import CPU_BYTES, Curvature, cholesky, project_rows
 
 
 class Selector(Protocol):
@@ -39,6 +39,7 @@ class Selector(Protocol):
 
         Raises:
             DataError: the selector reads the entries of H, and only products are known.
+            SingularGramError: H is so nearly singular that rounding makes a part of it indefinite.
         """
         ...
 
@@ -171,8 +172,12 @@ def keep_counts(scores: Tensor, kept: Tensor) -> Tensor:
 
 
 def inverse_factors(matrix: Tensor) -> Tensor:
-    """Return upper U with Uᵀ U = H⁻¹ for every H of `matrix` (stack, d, d): one Cholesky, one triangular inverse."""
-    lower = torch.linalg.cholesky(matrix.flip(1, 2))
+    """Return upper U with Uᵀ U = H⁻¹ for every H of `matrix` (stack, d, d): one Cholesky, one triangular inverse.
+
+    Raises:
+        SingularGramError: an H is not positive definite in reverse order, as rounding can have it though H itself is.
+    """
+    lower = cholesky(matrix.flip(1, 2))
     identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     return inverse.flip(1, 2)

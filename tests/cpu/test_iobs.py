@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError, DataError, SingularGramError
-from sparsify_compiler.passes.prune.curvature import DenseCurvature, ProductCurvature
+from sparsify_compiler.passes.prune.curvature import DenseCurvature
+from sparsify_compiler.passes.prune.curvature_products import ProductCurvature
 from sparsify_compiler.passes.prune.hard_thresholding import IHT, StochasticIOBS
 from sparsify_compiler.passes.prune.iobs import IOBSStep, Stop, minimise, top_k
 from sparsify_compiler.passes.prune.iobs_bounds import Constants, constants_along, hard_thresholding_ratio

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import DataError
-from sparsify_compiler.passes.prune.curvature import DenseCurvature, ProductCurvature
+from sparsify_compiler.passes.prune.curvature import DenseCurvature
+from sparsify_compiler.passes.prune.curvature_products import ProductCurvature
 from sparsify_compiler.passes.prune.support_admm import ADMM
 from sparsify_compiler.passes.prune.support_search import GreedyOBS, SwapSearch
 from sparsify_compiler.passes.prune.supports import (
