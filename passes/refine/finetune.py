@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sparsify_compiler.batches import Batch
+from sparsify_compiler.boundaries import run_graph
 from sparsify_compiler.graph import DifferentiableGraph, Site
 from sparsify_compiler.passes.gradients import ModelLoss, backpropagate
 from sparsify_compiler.passes.refine.train import Schedule, Trained, add_gradients, train
@@ -32,14 +34,16 @@ def finetune(
     round would be the aim of the next. With a small `step`, iobs prunes the tuned weights as the paper does.
 
     `keep` (groups, out, in) bool by site name keeps pruned weights zero, where `settings.masked`. The rate falls to
-    zero along a cosine. Weights and Adam's moments are float32 on the weight's own device: 12 bytes a weight, beside
-    what `backpropagate` holds. A loss that is not finite leaves the weights as they were, which a note says. The order
+    zero along a cosine. Weights and Adam's moments are float32 where the graph runs: 12 bytes a weight, beside what
+    `backpropagate` holds. A loss that is not finite leaves the weights as they were, which a note says. The order
     of the batches is drawn from `seed`.
 
     Raises:
         CalibrationError: the graph gives no gradients.
     """
-    weights = {site.name: graph.weight(site).requires_grad_() for site in sites}
+    with torch.no_grad():  # a graph says where it runs by what it makes
+        device = run_graph(graph, batches[0])[0].device
+    weights = {site.name: graph.weight(site).to(device).requires_grad_() for site in sites}
     by_name = {site.name: site for site in sites}
     masks = {n: keep[n].to(w.device) for n, w in weights.items()} if settings.masked and keep is not None else None
 

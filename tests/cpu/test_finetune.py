@@ -21,7 +21,7 @@ from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.rounds import Rounds, prune_in_rounds
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.passes.refine.finetune import finetune
-from sparsify_compiler.passes.refine.train import EPSILON, Schedule
+from sparsify_compiler.passes.refine.train import EPSILON, Schedule, Trained
 from sparsify_compiler.pipeline.own_loss import check_trainable, own_loss
 from sparsify_compiler.plan import decide
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Needs, Pruner
@@ -125,6 +125,22 @@ def test_tuning_whose_loss_is_lost_leaves_the_weights_and_says_so() -> None:
         "the training loss is nan at step 2 of 3: training ended; lower the rate",
         "the weights stay as they were before the fine-tuning",
     )
+
+
+def test_weights_are_tuned_where_the_graph_runs_not_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, devices = ids(1), []
+    graph = traced(seeded(Causal), batches[0])
+
+    def train(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor], *rest: object, **more: object) -> Trained:
+        devices.extend(tensor.device.type for tensor in (*weights.values(), *keep.values()))
+        return Trained((), None, ("nothing was done",))
+
+    module = "sparsify_compiler.passes.refine.finetune"
+    monkeypatch.setattr(f"{module}.run_graph", lambda *_: (torch.ones(1, device="meta"),))
+    monkeypatch.setattr(f"{module}.train", train)
+    keep = {site.name: graph.weight(site) != 0 for site in graph.sites}
+    finetune(graph, batches, graph.sites, NextToken(), FineTune(epochs=1, rate=1e-3, batches=1, masked=True), keep)
+    assert devices == ["meta"] * 4  # two weights and their masks
 
 
 class Spy:
