@@ -21,10 +21,11 @@ class ALPS:
     noted) where the matrix is indefinite.
 
     The penalty starts at `rho` (> 0, a share of the unit diagonal). After every `every` iterations it grows by `fast`,
-    `medium` or `slow` (>= 1) where more than a tenth, more than 0.5 % or any of the kept entries moved, up to
-    `largest_rho`; where less than that moved at the very first, it is divided by `cut` (> 1) and the iteration begins
-    anew. It stops when nothing moved, when less than the share `settled` moved after `settle_after` iterations, or
-    after `most_iterations`. `polish` iterations of conjugate gradients on the damped problem end it.
+    `medium` or `slow` (>= 1) where more than a tenth, more than 0.5 % or any of the kept entries moved (those that came
+    and those that went both count), up to `largest_rho`; where less than that moved at the very first, it is divided by
+    `cut` (> 1) and the iteration begins anew. It stops when nothing moved, when less than the share `settled` moved
+    after `settle_after` iterations, or after `most_iterations`. `polish` iterations of conjugate gradients on the
+    damped problem end it.
     `scope` "row" removes the same count from every row of an unstructured or block pattern.
 
     Departures: of the projected iterates at which the penalty is reconsidered the one of least loss is taken. On large

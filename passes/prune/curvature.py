@@ -188,6 +188,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises:
         SingularGramError: one is not positive definite.
     """
+    lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):
         raise SingularGramError("the curvature is not positive definite up to rounding; raise damp")

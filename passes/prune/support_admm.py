@@ -23,9 +23,9 @@ class ADMM:
 
     Meng et al. 2024, "ALPS", Alg. 1 and its ρ schedule, after scaling H to a unit diagonal: W = (H + ρI)⁻¹(Hθ⁺ − V +
     ρD); D = T_k(W + V/ρ); V += ρ(W − D). One eigendecomposition serves every ρ. Every 3 iterations ρ grows by 1.3, 1.2
-    or 1.1 where at least k/10, k/200 or one of the entries changed, and falls by 5 while the support never moved from
-    that of θ⁺. A problem whose support stood still is done, as are all after `most_iterations`. Its D is not used
-    further: the caller solves on the support.
+    or 1.1 where more than k/10, more than k/200 or any entries came or went, as in `ALPS`, and falls by 5 while the
+    support never moved from that of θ⁺. A problem whose support stood still is done, as are all after
+    `most_iterations`. Its D is not used further: the caller solves on the support.
     """
 
     penalty: float = 0.1
@@ -68,12 +68,12 @@ class ADMM:
             sparse = wanted * keep
             dual = dual + rho * (point - sparse)
             if iteration % CHECK == 0:
-                changed = (keep != before).sum(dim=1) // 2  # entries that came, as many as went
+                changed = (keep != before).sum(dim=1)
                 moved = moved | (changed > 0)
                 done = done | ((changed == 0) & (moved | (rho[:, 0] < FLOOR)))
                 if bool(done.all()):
                     break
-                growth = torch.where(changed * 10 >= kept, 1.3, torch.where(changed * 200 >= kept, 1.2, 1.1))
+                growth = torch.where(changed * 10 > kept, 1.3, torch.where(changed * 200 > kept, 1.2, 1.1))
                 rho = rho * torch.where(moved, growth, 0.2)[:, None].to(rho)
                 before = keep
         return keep

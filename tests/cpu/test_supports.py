@@ -225,6 +225,39 @@ def test_once_solved_for_admm_beats_greedy_surgery_and_that_the_sweep_and_that_m
     assert costs == sorted(costs)
 
 
+def admm(matrix: Array, target: Array, kept: int) -> list[int]:
+    """Run ALPS for one row, with a solve a step; s counts entries that came and that went."""
+    scale = np.sqrt(np.diag(matrix))
+    matrix, target = matrix / scale[:, None] / scale, target * scale
+
+    def largest(values: Array) -> npt.NDArray[np.bool_]:
+        return np.isin(np.arange(len(values)), np.argsort(-np.abs(values), kind="stable")[:kept])
+
+    keep = before = largest(target)
+    sparse, dual, rho, moved = target * keep, np.zeros_like(target), 0.1, False
+    for iteration in range(1, 301):
+        dense = np.linalg.solve(matrix + rho * np.eye(len(matrix)), matrix @ target - dual + rho * sparse)
+        keep = largest(dense + dual / rho)
+        sparse = (dense + dual / rho) * keep
+        dual = dual + rho * (dense - sparse)
+        if iteration % 3 == 0:
+            s = int((keep ^ before).sum())
+            moved = moved or s > 0
+            if s == 0 and (moved or rho < 1e-4):
+                break
+            rho *= (1.3 if s > kept / 10 else 1.2 if s > kept / 200 else 1.1) if moved else 0.2
+            before = keep
+    return list(np.flatnonzero(keep))
+
+
+def test_admm_raises_its_penalty_by_what_came_and_went() -> None:
+    target, curvature = problems(40, 60, seed=3)
+    keep = ADMM().select(target, curvature, torch.full((40,), 30))
+    for row in range(40):
+        expected = admm(entries(curvature, row), target[row].numpy(), 30)
+        assert keep[row].nonzero()[:, 0].tolist() == expected, f"row {row}"
+
+
 @every_selector
 def test_what_reads_the_entries_of_the_hessian_refuses_products(selector: Selector) -> None:
     target, curvature = problems(3, 6)
