@@ -30,7 +30,8 @@ class TrainingState:
     """What training goes on from after the epochs that `losses` are of: weights, masks and Adam's moments, on the host.
 
     Names are "weight.", "keep." or a word of Adam's and a dot before the weight's name. Two runs, one of them cut short
-    and gone on with from here, end with the same bits.
+    and gone on with from here, end with the same bits where gradients repeat. On a GPU those of attention may not:
+    PyTorch's kernels add them up in no fixed order.
     """
 
     losses: tuple[float, ...]
