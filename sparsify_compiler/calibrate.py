@@ -274,7 +274,7 @@ class Walk:
 
 def _needs(rule: Rule) -> Needs:
     """Return the statistics a rule's sites want: a re-solve reads the Gram matrix whatever the method itself reads."""
-    return Needs.GRAM if rule.refit or rule.needs is Needs.LOOKAHEAD else rule.needs
+    return Needs.GRAM if rule.refits or rule.needs is Needs.LOOKAHEAD else rule.needs
 
 
 def _add(

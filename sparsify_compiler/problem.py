@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -135,6 +135,15 @@ class LayerSolution:
     loss: float | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class OwnStep(Protocol):
+    """A method with a step that a re-solve of the kept weights can undo: that goes to the layer's optimum again."""
+
+    def undone_by_refit(self, rounds: int) -> bool:
+        """Say whether it would where the network is pruned `rounds` times: the weights are then best left alone."""
+        ...
 
 
 class Pruner(Protocol):

@@ -16,13 +16,13 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from sparsify_compiler.errors import PatternError, RecipeError
 from sparsify_compiler.pattern import Pattern, parse_pattern
-from sparsify_compiler.problem import Needs, Pruner
+from sparsify_compiler.problem import Needs, OwnStep, Pruner
 from sparsify_compiler.steps import Allocate, Distill, FineTune, Permute, Reconstruct, Step
 
 
@@ -31,15 +31,17 @@ class Rule:
     """Prune the sites whose name matches the glob `sites` to `pattern` with `method`.
 
     `sparsity` in [0, 1) is the share removed; an N:M pattern implies it. `refit` re-solves the kept weights to
-    optimality on the final mask wherever a Gram matrix is at hand. `swaps` is how many rounds of 1-swap search improve
-    the method's mask before that (0: none); it reads the Gram matrix.
+    optimality on the final mask wherever a Gram matrix is at hand; None, which a recipe settles by its rounds, is yes
+    but for a method whose step that would undo (`OwnStep`: woodtaylor, and iobs in more than one round). `swaps` is how
+    many rounds of 1-swap search improve the method's mask before that (0: none); it reads the Gram matrix, and always
+    re-solves.
     """
 
     sites: str
     pattern: Pattern
     method: Pruner
     sparsity: float
-    refit: bool = True
+    refit: bool | None = None
     swaps: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,11 @@ class Rule:
         """The statistics without which the rule cannot be followed: the method's, and the Gram matrix for swaps."""
         needs = self.method.needs
         return Needs.GRAM if self.swaps and needs in (Needs.NOTHING, Needs.NORMS) else needs
+
+    @property
+    def refits(self) -> bool:
+        """Whether kept weights are re-solved; as in one round where no recipe has settled it."""
+        return refits_by_default(self.method, 1) if self.refit is None else self.refit
 
     def matches(self, site: str) -> bool:
         """Say whether the rule speaks of the site named `site`."""
@@ -98,6 +105,11 @@ class Recipe:
                 raise RecipeError(f"the recipe: {word} must be an object, such as {kind.__name__}(); found {step!r}")
         if self.finetune is not None and self.rounds < 2:
             raise RecipeError("the recipe: finetune stands between rounds, and there is one; add rounds = 3, say")
+        settled = tuple(
+            replace(rule, refit=refits_by_default(rule.method, self.rounds)) if rule.refit is None else rule
+            for rule in self.rules
+        )
+        object.__setattr__(self, "rules", settled)  # frozen for everyone else
 
     def steps(self) -> dict[str, Step]:
         """Return the steps that are taken, by the names of their tables."""
@@ -119,6 +131,11 @@ def matches(glob: str, site: str) -> bool:
     return glob == site or fnmatchcase(site, glob)
 
 
+def refits_by_default(method: Pruner, rounds: int) -> bool:
+    """Say whether the kept weights are re-solved in a recipe of `rounds` rounds whose rule does not say."""
+    return not (isinstance(method, OwnStep) and method.undone_by_refit(rounds))
+
+
 def _check_kinds(sites: str, pattern: object, method: object) -> None:
     """Refuse the words of a recipe file where Python takes objects. Raises RecipeError."""
     if not isinstance(pattern, Pattern):
@@ -133,7 +150,7 @@ def make_rule(
     pattern: Pattern,
     method: Pruner,
     sparsity: float | None = None,
-    refit: bool = True,
+    refit: bool | None = None,
     swaps: int = 0,
 ) -> Rule:
     """Build a rule, the sparsity taken from the pattern where the pattern implies one.
@@ -188,8 +205,8 @@ def format_recipe(recipe: Recipe) -> str:
         if rule.pattern.fixed_sparsity() is None:
             lines.append(f"sparsity = {rule.sparsity!r}")
         lines.append(f"method = {_toml(rule.method.name)}")
-        if not rule.refit:
-            lines.append("refit = false")
+        if not rule.refit or not refits_by_default(rule.method, recipe.rounds):
+            lines.append(f"refit = {_toml(rule.refit)}")
         if rule.swaps:
             lines.append(f"swaps = {rule.swaps}")
         if options := method_options(rule.method):
@@ -229,7 +246,8 @@ def _parse_rule(table: dict[str, Any], number: int, methods: Mapping[str, type[A
     try:
         pattern = parse_pattern(_typed(table, "pattern", str, where))
         method = methods[method_name](**options)
-        refit, swaps = _typed(table, "refit", bool, where, default=True), _typed(table, "swaps", int, where, default=0)
+        refit = _typed(table, "refit", bool, where) if "refit" in table else None
+        swaps = _typed(table, "swaps", int, where, default=0)
         return make_rule(sites, pattern, method, sparsity, refit, swaps)
     except PatternError as error:
         raise RecipeError(f"{where}: {error}") from None

@@ -64,6 +64,10 @@ class IOBS:
         """The Gram matrix."""
         return Needs.GRAM
 
+    def undone_by_refit(self, rounds: int) -> bool:
+        """In later rounds: what a damped step gains over the layer's optimum is lost (NOTES.md, "Rounds")."""
+        return rounds > 1
+
     def prune(self, layer: LayerProblem) -> LayerSolution:
         """Step in float64, then prune the float32 θ⁺; both losses are those of `layer`, against the dense outputs.
 

@@ -80,7 +80,7 @@ def prune_layerwise(walk: Walk, expansions: Mapping[str, SiteExpansion] | None =
             start = time.perf_counter()
             if expansion := given.get(problem.name):
                 problem = replace(problem, expansion=expansion(problem.weight.device))
-            solution = prune_with(problem, rule.method, rule.refit, rule.swaps)
+            solution = prune_with(problem, rule.method, rule.refits, rule.swaps)
             record = _record(problem, solution, time.perf_counter() - start)
             walk.accept(problem.name, solution, asdict(record))
     return {name: _outcome(name, saved.keep, saved.record) for name, saved in walk.finished.items()}

@@ -42,7 +42,7 @@ class WoodTaylor:
     1 / sites is what cannot overshoot; `step` in (0, 1] is a share of that. s in [0, 1] is how much of the layer's
     Newton step is signal (`_signal`): with more weights than tokens a gradient is mostly noise at the dense model, and
     mostly signal once the model was pruned. NOTES.md has what was measured. An exact re-solve afterwards goes back to
-    the layer's own optimum: set `refit = false`.
+    the layer's own optimum, so a recipe leaves it out unless it says `refit = true`.
 
     It gains on a model of 2.6e5 weights and harms SmolLM2-135M: one round with ALPS inside leaves a perplexity of 141
     where ALPS alone leaves 52.7 (NOTES.md). Compare it with its solver before trusting it on a large model.
@@ -72,6 +72,10 @@ class WoodTaylor:
     def needs(self) -> Needs:
         """An expansion of the model's loss, with weighted inputs for the Fisher matrix."""
         return Needs.FISHER if self.curvature == "fisher" else Needs.GRADIENT
+
+    def undone_by_refit(self, rounds: int) -> bool:
+        """Always: a re-solve knows nothing of the model's own loss."""
+        return True
 
     def prune(self, layer: LayerProblem) -> LayerSolution:
         """Step in float64, then prune the float32 θ⁺; both losses are those of `layer`, against the dense outputs.

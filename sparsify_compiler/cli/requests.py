@@ -148,7 +148,7 @@ class RecipeChoice:
         if unknown := [word for word in self.steps if word not in STEPS]:
             raise RecipeError(f"--step {unknown[0]!r}: unknown; choose one of {', '.join(STEPS)}")
         pattern = parse_pattern(self.pattern or "2:4")
-        rule = make_rule("*", pattern, METHODS[name](), self.sparsity, self.refit, self.swaps or 0)
+        rule = make_rule("*", pattern, METHODS[name](), self.sparsity, None if self.refit else False, self.swaps or 0)
         steps: dict[str, Any] = {word: STEPS[word]() for word in self.steps}
         return Recipe((rule,), self.keep_dense, self.rounds or 1, **steps)
 

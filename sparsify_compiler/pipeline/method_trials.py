@@ -57,7 +57,7 @@ def method_trials(
 def recipe_trial(name: str, recipe: Recipe) -> Trial:
     """Return the trial of a whole recipe, called `name`; its patterns are those of its rules."""
     patterns = dict.fromkeys(_pattern_words(rule.pattern, rule.sparsity) for rule in recipe.rules)
-    return Trial(name, ", ".join(patterns), all(rule.refit for rule in recipe.rules), recipe)
+    return Trial(name, ", ".join(patterns), all(rule.refits for rule in recipe.rules), recipe)
 
 
 def read_pattern(text: str) -> tuple[Pattern, float | None]:

@@ -67,7 +67,7 @@ def _steps(rule: Rule, outcome: SiteOutcome) -> str:
     """Name the method and what came after it; swaps re-solve the weights themselves."""
     if rule.swaps:
         return f"{rule.method.name} + swaps"
-    return f"{rule.method.name} + refit" if rule.refit and outcome.loss is not None else rule.method.name
+    return f"{rule.method.name} + refit" if rule.refits and outcome.loss is not None else rule.method.name
 
 
 def _unpruned(decision: Decision, size: int) -> SiteReport:

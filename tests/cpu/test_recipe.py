@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from sparsify_compiler.errors import RecipeError
 from sparsify_compiler.passes.prune import METHODS
+from sparsify_compiler.passes.prune.iobs_layer import IOBS
 from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
+from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
 from sparsify_compiler.pattern import NM, Block, Unstructured
 from sparsify_compiler.problem import Pruner
 from sparsify_compiler.recipe import Recipe, Rule, format_recipe, make_rule, method_options, parse_recipe
@@ -21,16 +23,26 @@ methods: st.SearchStrategy[Pruner] = st.one_of(
     st.just(Magnitude()),
     st.just(Wanda()),
     st.builds(SparseGPT, st.floats(1e-9, 1), st.integers(1, 4096)),
+    st.just(IOBS()),
+    st.just(WoodTaylor()),
 )
+refits = st.one_of(st.none(), st.booleans())
 free = st.one_of(st.just(Unstructured()), st.builds(Block, st.integers(1, 256), st.integers(1, 256)))
 fixed = st.integers(2, 64).flatmap(lambda of: st.builds(NM, st.integers(1, of - 1), st.just(of)))
 rules = st.one_of(
-    st.builds(make_rule, globs, free, methods, st.floats(0, 1, exclude_max=True), st.booleans()),
-    st.builds(make_rule, globs, fixed, methods, st.none(), st.booleans()),
+    st.builds(make_rule, globs, free, methods, st.floats(0, 1, exclude_max=True), refits),
+    st.builds(make_rule, globs, fixed, methods, st.none(), refits),
 )
 
 
-@given(st.builds(Recipe, st.lists(rules, min_size=1, max_size=3).map(tuple), st.lists(globs, max_size=3).map(tuple)))
+@given(
+    st.builds(
+        Recipe,
+        st.lists(rules, min_size=1, max_size=3).map(tuple),
+        st.lists(globs, max_size=3).map(tuple),
+        st.integers(1, 3),
+    )
+)
 def test_a_recipe_round_trips_through_toml(recipe: Recipe) -> None:
     assert parse_recipe(format_recipe(recipe), METHODS) == recipe
 
@@ -64,6 +76,23 @@ def test_a_recipe_reads_as_its_documentation_says() -> None:
         ),
         keep_dense=("lm_head",),
     )
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_kept_weights_are_re_solved_unless_that_undoes_the_methods_own_step(rounds: int) -> None:
+    for name, method in METHODS.items():
+        default = Recipe((make_rule("*", Unstructured(), method(), 0.5),), rounds=rounds)
+        assert default.rules[0].refit is not (name == "woodtaylor" or (name == "iobs" and rounds > 1)), name
+        for asked in (True, False):
+            recipe = dataclasses.replace(default, rules=(dataclasses.replace(default.rules[0], refit=asked),))
+            assert recipe.rules[0].refit is asked
+            assert recipe.rules[0].refits is asked
+            assert (format_recipe(recipe) == format_recipe(default)) == (recipe == default)
+
+
+def test_a_rule_outside_a_recipe_does_as_in_one_round() -> None:
+    assert make_rule("*", NM(2, 4), IOBS()).refits
+    assert not make_rule("*", NM(2, 4), WoodTaylor()).refits
 
 
 def test_every_step_of_a_recipe_round_trips_and_reads_as_its_table() -> None:
