@@ -5,6 +5,7 @@ import torch
 from sparsify_compiler.errors import ModelError, PatternError
 from sparsify_compiler.passes.prune.refit import refit as refit_kept
 from sparsify_compiler.passes.prune.swaps import refine
+from sparsify_compiler.pattern import Scope
 from sparsify_compiler.problem import LayerProblem, LayerSolution, Pruner
 
 
@@ -40,13 +41,14 @@ def prune_with(problem: LayerProblem, method: Pruner, refit: bool = True, swaps:
 def _check(problem: LayerProblem, method: Pruner, solution: LayerSolution) -> None:
     """Assert what every method promises; a failure is our own bug."""
     out, in_ = problem.weight.shape
-    removed = out * in_ - int(solution.keep.sum())
-    counts = {
-        problem.pattern.removed(out, in_, problem.sparsity, problem.run, scope="layer"),
-        problem.pattern.removed(out, in_, problem.sparsity, problem.run, scope="row"),
-    }
+    by_row = in_ - solution.keep.sum(dim=1)
+    removed = int(by_row.sum())
+    scopes: tuple[Scope, ...] = (method.scope,) if hasattr(method, "scope") else ("layer", "row")
+    counts = {problem.pattern.removed(out, in_, problem.sparsity, problem.run, scope) for scope in scopes}
+    by_layer = problem.pattern.removed(out, in_, problem.sparsity, problem.run) if "layer" in scopes else None
     where = f"layer {problem.name!r}, {method.name}, {problem.pattern}"
     assert removed in counts, f"{where}: removed {removed} entries, {sorted(counts)} were asked"
+    assert removed == by_layer or bool((by_row == by_row[:1]).all()), f"{where}: rows lost different counts"
     assert solution.weight.dtype == torch.float32, f"{where}: weight is {solution.weight.dtype}"
     assert not solution.weight[~solution.keep].any(), f"{where}: a removed weight is not zero"
     assert torch.isfinite(solution.weight).all(), f"{where}: a weight is not finite"

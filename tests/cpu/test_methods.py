@@ -1,6 +1,6 @@
 """What every method promises on every pattern."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.solve import prune_with
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
-from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
+from sparsify_compiler.pattern import NM, Block, Pattern, Scope, Unstructured
 from sparsify_compiler.problem import Gram, LayerProblem, LayerSolution, Needs, Pruner
 
 # Weight and inputs times these: squares of weights, or of what a weight adds to an output, leave float32's range.
@@ -186,14 +186,38 @@ def test_a_pattern_that_does_not_tile_the_weight_is_refused(method: Pruner) -> N
         prune_with(problem, method)
 
 
+@dataclass(frozen=True)
+class Careless:
+    """Keeps what it was told to, whatever was asked."""
+
+    keep: Tensor
+    name: str = "careless"
+    needs: Needs = Needs.NOTHING
+
+    def prune(self, layer: LayerProblem) -> LayerSolution:
+        return LayerSolution(layer.weight * self.keep, self.keep)
+
+
+@dataclass(frozen=True)
+class CarelessByRow(Careless):
+    scope: Scope = "row"
+
+
 def test_prune_with_tells_a_method_that_breaks_its_promise() -> None:
-    class Careless:
-        name = "careless"
-        needs = Needs.NOTHING
-
-        def prune(self, layer: LayerProblem) -> LayerSolution:
-            return LayerSolution(layer.weight.clone(), torch.ones_like(layer.weight, dtype=torch.bool))
-
     problem = LayerProblem("fc1", torch.ones(2, 4), NM(2, 4), 0.5)
     with pytest.raises(AssertionError, match="removed 0 entries"):
-        prune_with(problem, Careless())  # type: ignore[arg-type]  # read-only attributes suffice
+        prune_with(problem, Careless(torch.ones(2, 4, dtype=torch.bool)))
+
+
+def test_prune_with_tells_a_method_that_counts_in_another_scope_than_it_says() -> None:
+    # Of 2 x 3 entries 0.5 is three by the layer, two by the row.
+    problem = LayerProblem("fc1", torch.ones(2, 3), Unstructured(), 0.5)
+    three = torch.tensor([[True, True, True], [False, False, False]])
+    rows, uneven = torch.tensor([[True, False, False]] * 2), torch.tensor([[False, False, False], [True, True, False]])
+    for keep in (three, rows):
+        assert torch.equal(prune_with(problem, Careless(keep)).keep, keep)
+    assert torch.equal(prune_with(problem, CarelessByRow(rows)).keep, rows)
+    with pytest.raises(AssertionError, match=r"removed 3 entries, \[4\] were asked"):
+        prune_with(problem, CarelessByRow(three))
+    with pytest.raises(AssertionError, match="rows lost different counts"):
+        prune_with(problem, Careless(uneven))
