@@ -105,22 +105,25 @@ class Trace:
     """What happened, one row an iterate θ_0, θ_1, … and one column a problem; float64, on the problem's device.
 
     `loss` f(θ_t); `distance` ‖θ_t − reference‖ (None without one); `changed` entries that entered or left the support
-    in the step to θ_t; `moved` ‖θ_t − θ_{t−1}‖ / ‖θ_t‖. `bound` holds what the theorem allows for the distance of θ_t,
-    given that of θ_{t−1} (NaN for θ_0), None without constants or without a guarantee for the method.
+    in the step to θ_t; `moved` ‖θ_t − θ_{t−1}‖ / ‖θ_t‖; `slope` ‖∇f(θ_t)_Q‖ / ‖∇f(θ_0)‖ with Q the support of θ_t.
+    `bound` holds what the theorem allows for the distance of θ_t, given that of θ_{t−1} (NaN for θ_0), None without
+    constants or without a guarantee for the method.
     """
 
     loss: Tensor
     changed: Tensor
     moved: Tensor
+    slope: Tensor
     distance: Tensor | None = None
     bound: Bound | None = None
 
 
 @dataclass(frozen=True)
 class SparseSolution:
-    """`weight` (problems, d) float64, zero off `keep`; `settled` (problems,) bool: the stopping rule held.
+    """`weight` (problems, d) float64, zero off `keep`; `settled` (problems,) bool: a rule of `Stop` held.
 
-    `steps` is how many steps any problem took.
+    `ended` says of every problem which one: "still", "fall" or "gradient", or "steps" where none did. `steps` is how
+    many steps any problem took.
     """
 
     weight: Tensor
@@ -128,19 +131,44 @@ class SparseSolution:
     settled: Tensor
     steps: int
     trace: Trace
+    ended: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+
+RULES = ("steps", "still", "fall", "gradient")
+"""What can end a problem: all steps taken, or the first rule of `Stop` that held."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop after `most_steps`, and a problem as soon as its support stays and its step is short.
+    """Stop after `most_steps`, and a problem as soon as one of three rules holds; None never does.
 
-    Short is ‖θ_{t+1} − θ_t‖ <= `tolerance` · ‖θ_{t+1}‖; None never stops before `most_steps`. A problem that settled
-    keeps its weight while others go on, so that its result does not depend on its neighbours.
+    - still: its support stays and its step is short, ‖θ_{t+1} − θ_t‖ <= `tolerance` · ‖θ_{t+1}‖. A later step would
+      give the same.
+    - fall: its loss hardly changes, |f(θ_{t+1}) − f(θ_t)| <= `fall` · |f(θ_t)|, whatever its support does.
+    - gradient: on the kept set its gradient is short, ‖∇f(θ_{t+1})_Q‖ <= `gradient` · ‖∇f(θ_0)‖: the weights are the
+      best on that support. Another support may be better still, which a full step finds out only by one more.
+
+    A problem that settled keeps its weight while others go on, so that its result does not depend on its neighbours.
     """
 
     most_steps: int = 100
     tolerance: float | None = 1e-12
+    fall: float | None = None
+    gradient: float | None = None
+
+    def held(self, changed: Tensor, moved: Tensor, fallen: Tensor, slope: Tensor) -> Tensor:
+        """Return (problems,) int64: which of `RULES` ended a problem by its last step, 0 where none did."""
+        rules = (
+            None if self.tolerance is None else (changed == 0) & (moved <= self.tolerance),
+            None if self.fall is None else fallen <= self.fall,
+            None if self.gradient is None else slope <= self.gradient,
+        )
+        ended = torch.zeros_like(changed)
+        for number, holds in enumerate(rules, 1):
+            if holds is not None:
+                ended = torch.where((ended == 0) & holds, number, ended)
+        return ended
 
 
 def minimise(
@@ -168,32 +196,60 @@ def minimise(
     weight = start.detach().double().clone()
     counts = _counts(kept, weight)
     keep = weight != 0
-    settled = torch.zeros_like(counts, dtype=torch.bool)
+    ended = torch.zeros_like(counts)
     value, gradient = _checked(problem, weight, 0)
-    losses, changes, moves = [value], [torch.zeros_like(counts)], [torch.zeros_like(value)]
-    distances = [] if reference is None else [_distance(weight, reference)]
+    history = _History(gradient.norm(dim=1), reference)
+    history.add(weight, keep, value, gradient, torch.zeros_like(counts), torch.zeros_like(value))
     notes: dict[str, None] = {}
     for step in range(stop.most_steps):
         used, slope = (problem, gradient) if batches is None else _drawn(batches, step, weight)
         new, new_keep, said = update.advance(used, Point(weight, keep, slope), counts)
         notes |= dict.fromkeys(said)
-        new = torch.where(settled[:, None], weight, new)
-        new_keep = torch.where(settled[:, None], keep, new_keep)
-        changes.append((new_keep != keep).sum(dim=1))
-        moves.append((new - weight).norm(dim=1) / new.norm(dim=1).clamp_min(torch.finfo(new.dtype).tiny))
-        weight, keep = new, new_keep
+        new = torch.where(ended[:, None] > 0, weight, new)
+        new_keep = torch.where(ended[:, None] > 0, keep, new_keep)
+        changed, moved = (new_keep != keep).sum(dim=1), _share((new - weight).norm(dim=1), new.norm(dim=1))
+        before, weight, keep = value, new, new_keep
         value, gradient = _checked(problem, weight, step + 1)
-        losses.append(value)
-        if reference is not None:
-            distances.append(_distance(weight, reference))
-        if stop.tolerance is not None:
-            settled = settled | ((changes[-1] == 0) & (moves[-1] <= stop.tolerance))
-            if bool(settled.all()):
-                break
-    distance = None if reference is None else torch.stack(distances)
-    bound = _bound(update, constants, distance, weight.shape[1], counts)
-    trace = Trace(torch.stack(losses), torch.stack(changes), torch.stack(moves), distance, bound)
-    return SparseSolution(weight, keep, settled, len(losses) - 1, trace, tuple(notes))
+        history.add(weight, keep, value, gradient, changed, moved)
+        fallen = _share((value - before).abs(), before.abs())
+        ended = torch.where(ended > 0, ended, stop.held(changed, moved, fallen, history.slopes[-1]))
+        if bool((ended > 0).all()):
+            break
+    trace = history.trace(lambda distance: _bound(update, constants, distance, weight.shape[1], counts))
+    words = tuple(RULES[number] for number in ended.tolist())
+    return SparseSolution(weight, keep, ended > 0, len(history.slopes) - 1, trace, words, tuple(notes))
+
+
+class _History:
+    """The rows of a `Trace` so far; `first` (problems,) is the length of the gradient at the start."""
+
+    def __init__(self, first: Tensor, reference: Tensor | None) -> None:
+        self.slopes: list[Tensor] = []
+        self._first, self._reference = first, reference
+        self._losses: list[Tensor] = []
+        self._changes: list[Tensor] = []
+        self._moves: list[Tensor] = []
+        self._distances: list[Tensor] = []
+
+    def add(
+        self, weight: Tensor, keep: Tensor, value: Tensor, gradient: Tensor, changed: Tensor, moved: Tensor
+    ) -> None:
+        self.slopes.append(_share((gradient * keep).norm(dim=1), self._first))
+        self._losses.append(value)
+        self._changes.append(changed)
+        self._moves.append(moved)
+        if self._reference is not None:
+            self._distances.append((weight - self._reference.to(weight)).square().sum(dim=1).sqrt())
+
+    def trace(self, bound: Callable[[Tensor | None], Bound | None]) -> Trace:
+        loss, changed, moved, slope = map(torch.stack, (self._losses, self._changes, self._moves, self.slopes))
+        distance = torch.stack(self._distances) if self._distances else None
+        return Trace(loss, changed, moved, slope, distance, bound(distance))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Return part / whole, 0 where both are."""
+    return part / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 def top_k(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,10 +264,6 @@ def _counts(kept: int | Tensor, weight: Tensor) -> Tensor:
     if bool(((counts < 0) | (counts > d)).any()):
         raise ValueError(f"kept {kept}: must lie in 0..{d}, the number of entries that stay")
     return counts
-
-
-def _distance(weight: Tensor, reference: Tensor) -> Tensor:
-    return (weight - reference.to(weight)).square().sum(dim=1).sqrt()
 
 
 def _drawn(batches: Callable[[int], Smooth], step: int, weight: Tensor) -> tuple[Smooth, Tensor]:
