@@ -12,14 +12,14 @@ from kernels import KERNELS as CPU_KERNELS
 from torch import Tensor
 
 from sparsify_compiler.passes.prune.alps import ALPS
-from sparsify_compiler.passes.prune.iobs_layer import IOBS
+from sparsify_compiler.passes.prune.iobs_layer import IOBS, SOLVERS
 from sparsify_compiler.passes.prune.magnitude import Magnitude
 from sparsify_compiler.passes.prune.obc import OBC
 from sparsify_compiler.passes.prune.sparsegpt import SparseGPT
 from sparsify_compiler.passes.prune.wanda import Wanda
 from sparsify_compiler.passes.prune.woodtaylor import WoodTaylor
-from sparsify_compiler.pattern import NM, Block, Pattern, Unstructured
-from sparsify_compiler.problem import Gram, LayerProblem, Pruner, Targets
+from sparsify_compiler.pattern import NM, Block, Pattern, Scope, Unstructured
+from sparsify_compiler.problem import Expansion, Gram, LayerProblem, LayerSolution, Needs, Pruner, Targets
 
 KERNELS = tuple(kernel.name for kernel in (*CPU_KERNELS, *DOUBLES))
 
@@ -39,6 +39,41 @@ class Case:
         return f"{self.pattern}@{self.sparsity:g}-{self.out}x{self.in_}{run}"
 
 
+@dataclass(frozen=True)
+class LaterRound:
+    """`method` where it takes a step of its own: at a weight pruned before, with the model's loss around it.
+
+    Both are made of the problem, so that they scale with it, and repeat. Rows and inputs differ in curvature; the
+    Newton step of the gradient moves each weight by up to a tenth.
+    """
+
+    method: IOBS | WoodTaylor
+
+    def __str__(self) -> str:
+        return f"later {self.method}"
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def needs(self) -> Needs:
+        return self.method.needs
+
+    def prune(self, layer: LayerProblem) -> LayerSolution:
+        assert layer.gram is not None
+        generator = torch.Generator().manual_seed(3)
+        (out, in_), matrix = layer.weight.shape, layer.gram.matrix
+        share = 0.2 * torch.rand(out, in_, generator=generator, dtype=torch.float64) - 0.1
+        rows, columns = (0.5 + torch.rand(count, generator=generator, dtype=torch.float64) for count in (out, in_))
+        expansion = Expansion(
+            gradient=rows[:, None] * (share * layer.weight) @ matrix,
+            output_curvature=rows,
+            inputs=Gram(matrix * columns[:, None] * columns, layer.gram.tokens),
+        )
+        return self.method.prune(replace(layer, start=SparseGPT().prune(layer).weight, expansion=expansion))
+
+
 METHODS: tuple[Pruner, ...] = (
     Magnitude(),
     Wanda(),
@@ -49,6 +84,9 @@ METHODS: tuple[Pruner, ...] = (
     OBC(),
     IOBS(),
     WoodTaylor(),
+    *(LaterRound(IOBS(solver=solver)) for solver in SOLVERS),
+    LaterRound(WoodTaylor()),
+    LaterRound(WoodTaylor(curvature="fisher", solver="alps")),
 )
 
 # Odd sides, one row, one column, tails, runs of a convolution with tails, every kind of tile.
@@ -77,6 +115,13 @@ PATTERNS: tuple[Case, ...] = (
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 every_case = pytest.mark.parametrize("case", PATTERNS, ids=str)
+
+
+def scope_of(method: Pruner, pattern: Pattern) -> Scope:
+    """Say whether `method` removes as many weights from every row, or counts over the layer."""
+    inner = method.method if isinstance(method, LaterRound) else method
+    by_row = isinstance(inner, Wanda) or (isinstance(inner, IOBS) and inner.solver == "wanda")
+    return "row" if by_row and not isinstance(pattern, Block) else "layer"
 
 
 def inputs(tokens: int, in_: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from methods import METHODS, Case, every_case, every_method, inputs, obeys, problem_from, problem_of, scaled
+from methods import (
+    METHODS,
+    PATTERNS,
+    Case,
+    every_case,
+    every_method,
+    inputs,
+    obeys,
+    problem_from,
+    problem_of,
+    scaled,
+    scope_of,
+)
 from torch import Tensor
 
 from sparsify_compiler.errors import CalibrationError, DataError, ModelError, PatternError
@@ -46,8 +58,7 @@ def test_the_solution_obeys_the_pattern_and_leaves_the_problem_alone(method: Pru
     problem = problem_of(case)
     before = snapshot(problem)
     solution = prune_with(problem, method, refit)
-    scope = "row" if isinstance(method, Wanda) and not isinstance(case.pattern, Block) else "layer"
-    removed = case.pattern.removed(case.out, case.in_, case.sparsity, case.run, scope=scope)  # type: ignore[arg-type]
+    removed = case.pattern.removed(case.out, case.in_, case.sparsity, case.run, scope_of(method, case.pattern))
     assert obeys(case.pattern, solution.keep, case.run) is None
     assert int((~solution.keep).sum()) == removed
     assert solution.weight.dtype == torch.float32
@@ -108,6 +119,21 @@ def test_on_correlated_inputs_more_statistics_select_better(pattern: Pattern, sp
         for name, method in METHODS_BY_NAME.items():
             losses[name] += method().prune(problem).loss or 0.0
     assert losses["sparsegpt"] < losses["wanda"] < losses["magnitude"]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != Magnitude()], ids=str)
+@both_ways
+def test_on_correlated_inputs_every_method_beats_magnitude_on_average(method: Pruner, refit: bool) -> None:
+    def relative_error(pruner: Pruner, case: Case, seed: int) -> float:
+        problem = problem_of(case, seed)
+        loss, energy = prune_with(problem, pruner, refit).loss, problem.energy()
+        assert loss is not None
+        assert energy is not None
+        return loss / energy
+
+    each = [(case, seed) for case in PATTERNS for seed in range(2)]
+    own, magnitude = (sum(relative_error(pruner, *one) for one in each) for pruner in (method, Magnitude()))
+    assert own < magnitude
 
 
 def test_recipe_words_are_the_methods_own_names() -> None:
