@@ -95,6 +95,17 @@ def test_scaling_the_weight_or_the_inputs_scales_the_solution(method: Pruner, ca
         assert torch.equal(plain.weight * weight, other.weight)
 
 
+@pytest.mark.parametrize("case", (*PATTERNS, Case(Unstructured(), 0.5, 6, 140)), ids=str)  # the last by iterations
+@pytest.mark.parametrize("swaps", [0, 1], ids=["refitted", "swapped"])
+def test_so_do_the_re_solve_and_swaps(case: Case, swaps: int) -> None:
+    problem = problem_of(case)
+    plain = prune_with(problem, Magnitude(), swaps=swaps)
+    for weight, input_ in EXTREMES:
+        other = prune_with(scaled(problem, weight, input_), Magnitude(), swaps=swaps)
+        assert torch.equal(plain.keep, other.keep), f"another mask at a weight times {weight}, inputs times {input_}"
+        assert torch.equal(plain.weight * weight, other.weight)
+
+
 @every_method
 @every_case
 def test_the_losses_are_those_of_the_data(method: Pruner, case: Case) -> None:
