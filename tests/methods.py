@@ -66,6 +66,7 @@ class LaterRound:
         (out, in_), matrix = layer.weight.shape, layer.gram.matrix
         share = 0.2 * torch.rand(out, in_, generator=generator, dtype=torch.float64) - 0.1
         rows, columns = (0.5 + torch.rand(count, generator=generator, dtype=torch.float64) for count in (out, in_))
+        share, rows, columns = (drawn.to(matrix.device) for drawn in (share, rows, columns))
         expansion = Expansion(
             gradient=rows[:, None] * (share * layer.weight) @ matrix,
             output_curvature=rows,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.device_memory import work_bytes
-from sparsify_compiler.passes.prune.curvature import cholesky
+from sparsify_compiler.errors import SingularGramError
 
 PANEL = 32
 """Columns whose downdates of the inverse are put off and then done as one product, which keeps them in the caches."""
@@ -100,6 +100,7 @@ class _Lanes:
     barrier: Tensor  # (lanes, n) float64: 0, or infinity for what may not go (any more)
     gone: Tensor  # (lanes, n) bool
     panel: Tensor  # (lanes, used, n * cols): the downdates still to do are panelᵀ panel
+    failed: Tensor  # () bool: a block lost its definiteness to rounding; looked at once a panel, as a GPU waits for it
     used: int = 0
 
 
@@ -127,6 +128,7 @@ def _eliminate(
             state.barrier.masked_fill_(full, torch.inf)
         if state.used + cols > state.panel.shape[1] and step + 1 < steps:
             _shorten(state, cols)
+    _require_definite(state)
     return order, increments
 
 
@@ -145,6 +147,7 @@ def _begin(start: Tensor, inverse: Tensor, weight: Tensor, cols: int) -> _Lanes:
         barrier=torch.zeros(lanes, n, dtype=torch.float64, device=device),
         gone=torch.zeros(lanes, n, dtype=torch.bool, device=device),
         panel=torch.empty(lanes, max(PANEL // cols, 1) * cols, in_, dtype=start.dtype, device=device),
+        failed=torch.zeros((), dtype=torch.bool, device=device),
     )
 
 
@@ -164,7 +167,8 @@ def _shares(state: _Lanes, cols: int) -> tuple[Tensor, Tensor]:
         return factor, split / factor
     # Removed tiles hold rounding only; the barrier keeps them out, and the identity lets the factorisation pass.
     identity = torch.eye(cols, dtype=torch.float64, device=split.device)
-    factor = cholesky(torch.where(state.gone[:, :, None, None], identity, state.blocks))
+    factor, failed = torch.linalg.cholesky_ex(torch.where(state.gone[:, :, None, None], identity, state.blocks))
+    state.failed |= (failed > 0).any()
     return factor, torch.linalg.solve_triangular(factor, split, upper=False)
 
 
@@ -197,6 +201,7 @@ def _remove(state: _Lanes, chosen: Tensor, factor: Tensor, share: Tensor, cols: 
 
 def _shorten(state: _Lanes, cols: int) -> None:
     """Do the downdates that were put off and drop the removed tiles: as many in every lane."""
+    _require_definite(state)  # costs that are not a number would choose a tile that is gone
     lanes = len(state.gone)
     left = (~state.gone).nonzero()[:, 1].view(lanes, -1)
     columns = _columns(left, cols)
@@ -211,3 +216,8 @@ def _shorten(state: _Lanes, cols: int) -> None:
     state.tiles, state.barrier = state.tiles.gather(1, left), state.barrier.gather(1, left)
     state.gone = torch.zeros_like(state.tiles, dtype=torch.bool)
     state.used = 0
+
+
+def _require_definite(state: _Lanes) -> None:
+    if bool(state.failed):
+        raise SingularGramError("the curvature is not positive definite up to rounding; raise damp")
