@@ -95,7 +95,7 @@ def test_scaling_the_weight_or_the_inputs_scales_the_solution(method: Pruner, ca
         assert torch.equal(plain.weight * weight, other.weight)
 
 
-@pytest.mark.parametrize("case", (*PATTERNS, Case(Unstructured(), 0.5, 6, 140)), ids=str)  # the last by iterations
+@pytest.mark.parametrize("case", [*PATTERNS, Case(Unstructured(), 0.5, 6, 140)], ids=str)  # the last by iterations
 @pytest.mark.parametrize("swaps", [0, 1], ids=["refitted", "swapped"])
 def test_so_do_the_re_solve_and_swaps(case: Case, swaps: int) -> None:
     problem = problem_of(case)
