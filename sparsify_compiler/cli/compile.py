@@ -31,7 +31,7 @@ def compile_verb(
     pattern: opt.PatternText = None,
     sparsity: opt.Sparsity = None,
     keep_dense: opt.KeepDense = None,
-    no_refit: opt.NoRefit = False,
+    refit: opt.Refit = None,
     rounds: opt.Rounds = None,
     swaps: opt.Swaps = None,
     step: opt.Steps = None,
@@ -60,7 +60,7 @@ def compile_verb(
     with guard(debug, lambda: _resumable(output)):
         Workspace(output, overwrite, resume)  # refuses what would be lost before any work is done
         dense, steps = tuple(keep_dense or ()), tuple(step or ())
-        wanted = RecipeChoice(recipe, method, pattern, sparsity, dense, not no_refit, rounds, swaps, steps)
+        wanted = RecipeChoice(recipe, method, pattern, sparsity, dense, refit, rounds, swaps, steps)
         options = Options(
             output=output,
             dtype=dtype,

@@ -80,7 +80,14 @@ PrecisionOption = Annotated[
     Precision,
     typer.Option("--precision", help="What the model's products run in while it is calibrated and tuned."),
 ]
-NoRefit = Annotated[bool, typer.Option("--no-refit", help="Do not re-solve the kept weights on the final mask.")]
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--refit/--no-refit",
+        help="Re-solve the kept weights on the final mask, or leave them as the method does.",
+        show_default="--refit; not for woodtaylor, nor for iobs in rounds",
+    ),
+]
 Swaps = Annotated[
     int | None,
     typer.Option(min=0, help="Rounds of 1-swap search that improve each mask before the re-solve.", show_default="0"),

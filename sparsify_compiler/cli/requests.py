@@ -129,7 +129,7 @@ class RecipeChoice:
     pattern: str | None = None
     sparsity: float | None = None
     keep_dense: tuple[str, ...] = ()
-    refit: bool = True
+    refit: bool | None = None
     rounds: int | None = None
     swaps: int | None = None
     steps: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class RecipeChoice:
         if unknown := [word for word in self.steps if word not in STEPS]:
             raise RecipeError(f"--step {unknown[0]!r}: unknown; choose one of {', '.join(STEPS)}")
         pattern = parse_pattern(self.pattern or "2:4")
-        rule = make_rule("*", pattern, METHODS[name](), self.sparsity, None if self.refit else False, self.swaps or 0)
+        rule = make_rule("*", pattern, METHODS[name](), self.sparsity, self.refit, self.swaps or 0)
         steps: dict[str, Any] = {word: STEPS[word]() for word in self.steps}
         return Recipe((rule,), self.keep_dense, self.rounds or 1, **steps)
 
@@ -160,7 +160,8 @@ class RecipeChoice:
             "--rounds": self.rounds,
             "--swaps": self.swaps,
             "--step": self.steps or None,
-            "--no-refit": None if self.refit else True,
+            "--refit": True if self.refit else None,
+            "--no-refit": True if self.refit is False else None,
         }
         if clash := [option for option, value in given.items() if value is not None]:
             raise RecipeError(f"--recipe and {clash[0]} were both given; put it into {str(file)!r}, or leave one out")

@@ -183,6 +183,7 @@ def test_a_recipe_file_is_read_and_keep_dense_adds_to_it(monkeypatch: pytest.Mon
         (["--sparsity", "0.7"], "pattern 2:4 removes 0.5 of the weights, sparsity 0.7 was asked"),
         (["--recipe", "r.toml", "--method", "wanda"], "--recipe and --method were both given"),
         (["--recipe", "r.toml", "--no-refit"], "--recipe and --no-refit were both given"),
+        (["--recipe", "r.toml", "--refit"], "--recipe and --refit were both given"),
         (["--recipe", "r.toml", "--swaps", "0"], "--recipe and --swaps were both given"),
         (["--recipe", "r.toml", "--step", "distill"], "--recipe and --step were both given"),
         (["--step", "polish"], "--step 'polish': unknown; choose one of allocate, permute, finetune"),
@@ -539,3 +540,24 @@ def test_the_sentence_of_an_error_is_one_line() -> None:
     assert sentence(DataError("two\nlines  here")) == "two lines here"
     assert sentence(OSError("odd")) == "cannot read or write: odd; check the path, the rights and the free space"
     assert cli_guard.BAD_INPUT == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "refit"),
+    [
+        ("--method sparsegpt", True),
+        ("--method sparsegpt --no-refit", False),
+        ("--method iobs", True),
+        ("--method iobs --rounds 2", False),
+        ("--method iobs --rounds 2 --refit", True),
+        ("--method woodtaylor", False),
+        ("--method woodtaylor --refit", True),
+    ],
+)
+def test_the_resolve_is_left_out_where_it_undoes_the_methods_step_unless_asked(
+    words: str, refit: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = asked(monkeypatch)
+    status, _, _ = invoke("compile", "hf/", "-o", str(tmp_path / "out"), "--calibration", "a.txt", *words.split())
+    assert status == 0
+    assert [rule.refit for rule in requests[0].recipe.rules] == [refit]

@@ -55,7 +55,7 @@ def options(verb: object) -> set[str]:
     if isinstance(verb, TyperGroup):
         return set().union(*(options(each) for each in verb.commands.values()))
     assert isinstance(verb, TyperCommand)
-    return {flag for option in verb.params for flag in option.opts}
+    return {flag for option in verb.params for flag in (*option.opts, *option.secondary_opts)}
 
 
 def test_every_command_in_the_readme_exists_with_its_options() -> None:
