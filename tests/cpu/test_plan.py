@@ -24,7 +24,8 @@ TWO_FOUR = make_rule("*", NM(2, 4), Magnitude())
 def test_the_first_rule_that_matches_decides() -> None:
     first, second = make_rule("f*", NM(2, 4), Wanda()), make_rule("*", NM(1, 4), Magnitude())
     other = replace(FC, name="other")
-    assert decide(Recipe((first, second)), [FC, other]) == (Decision(FC, first), Decision(other, second))
+    recipe = Recipe((first, second))
+    assert decide(recipe, [FC, other]) == (Decision(FC, recipe.rules[0]), Decision(other, recipe.rules[1]))
 
 
 def test_a_site_that_cannot_be_pruned_stays_dense_with_its_reason() -> None:
@@ -56,13 +57,15 @@ def test_a_site_dense_by_default_is_pruned_only_where_a_rule_names_it() -> None:
         HEAD, None, "the output head; dense unless a rule names it outright"
     )
     named = make_rule("head", NM(2, 4), Magnitude())
-    assert decide(Recipe((named, TWO_FOUR)), [FC, HEAD])[1] == Decision(HEAD, named)
+    recipe = Recipe((named, TWO_FOUR))
+    assert decide(recipe, [FC, HEAD])[1] == Decision(HEAD, recipe.rules[0])
 
 
 def test_a_name_with_brackets_is_first_read_letter_by_letter() -> None:
     bracketed = replace(HEAD, name="head[0]")
     named = make_rule("head[0]", NM(2, 4), Magnitude())
-    assert decide(Recipe((named, TWO_FOUR)), [FC, bracketed])[1] == Decision(bracketed, named)
+    recipe = Recipe((named, TWO_FOUR))
+    assert decide(recipe, [FC, bracketed])[1] == Decision(bracketed, recipe.rules[0])
     kept = decide(Recipe((named, TWO_FOUR), keep_dense=("head[0]",)), [FC, bracketed])[1]
     assert kept == Decision(bracketed, None, "kept dense by keep_dense 'head[0]'")
     refused = replace(bracketed, refusal="an embedding also reads the weight")
