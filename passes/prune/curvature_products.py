@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,12 +80,13 @@ class ProductCurvature:
         """
 
         def at(used: float, notes: tuple[str, ...]) -> ProductCurvature | None:
-            ridge = self.ridge + used * self._mean_diagonal() if used else self.ridge
+            ridge = self.ridge + used * self._mean_diagonal if used else self.ridge
             raised = replace(self, ridge=ridge, notes=notes)
             return raised if raised._is_definite() else None
 
         return raise_damping(damp, at)
 
+    @cached_property
     def _mean_diagonal(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         mean = torch.zeros_like(self.like[:, 0])
